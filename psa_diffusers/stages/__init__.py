@@ -1,0 +1,9 @@
+"""The five stages in plain torch: the readable form, and the path that runs where Triton does not."""
+
+from psa_diffusers.stages.attend import attend
+from psa_diffusers.stages.importance import block_importance
+from psa_diffusers.stages.levels import assign_block_levels, key_cosine_cap
+from psa_diffusers.stages.pyramid import build_pyramid
+from psa_diffusers.stages.schedule import make_schedule
+
+__all__ = ["assign_block_levels", "attend", "block_importance", "build_pyramid", "key_cosine_cap", "make_schedule"]

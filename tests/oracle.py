@@ -1,0 +1,154 @@
+"""The judge: pyramid attention as docs/concept.md defines it, in float64, token by token. Imports nothing of the package.
+
+Slow on purpose: loops over queries, blocks and cells, so that each line can be held against the definition.
+"""
+
+import math
+
+import torch
+
+
+def cells_of_block(tokens_of_block, block_n, factor):
+    """Tokens of each cell of a key block: lanes 0 .. block_n in runs of `factor`; lanes past the last token are empty."""
+    cells = [tokens_of_block[start : start + factor] for start in range(0, block_n, factor)]
+    return [cell for cell in cells if cell]
+
+
+def oracle_attention(
+    q, k, v, level_map, block_m, block_n, *, scale=None, key_variance=False, value_tilt=False, cap=4.0, order=None, segments=None
+):
+    """Pyramid attention.
+
+    order: list of token indices, the sequence in which tokens are cut into blocks (all tokens as they stand by default).
+    segments: lengths of the segments of `order`; each starts a new block.
+    """
+    q, k, v = (x.detach().double() for x in (q, k, v))
+    B, H, L, D = q.shape
+    scale = 1 / math.sqrt(D) if scale is None else scale
+    order = list(range(L)) if order is None else [int(t) for t in order]
+    segments = [L] if segments is None else segments
+    query_blocks, key_blocks = cut(order, segments, block_m), cut(order, segments, block_n)
+    out = torch.zeros_like(q)
+    for b in range(B):
+        for h in range(H):
+            tilt = {}
+            for i, queries in enumerate(query_blocks):
+                norms = [float(q[b, h, r] @ q[b, h, r]) for r in queries]
+                norm = sum(norms) / len(norms)
+                cells = []  # tokens, factor
+                for j, keys in enumerate(key_blocks):
+                    factor = int(level_map[b, h, i, j])
+                    if factor:
+                        cells += [(cell, factor) for cell in cells_of_block(keys, block_n, factor)]
+                if not cells:
+                    continue
+                means_k = torch.stack([k[b, h, cell].mean(0) for cell, _ in cells])
+                means_v = torch.stack([v[b, h, cell].mean(0) for cell, _ in cells])
+                sizes = torch.tensor([float(len(cell)) for cell, _ in cells], dtype=torch.double)
+                bias = torch.zeros_like(sizes)
+                if key_variance:
+                    spread = [k[b, h, cell].var(0, unbiased=False).mean() for cell, _ in cells]
+                    bias = (0.5 * scale**2 * norm * torch.stack(spread)).clamp(max=cap)
+                for r in queries:
+                    logits = scale * (means_k @ q[b, h, r]) + bias
+                    weights = sizes * torch.exp(logits - logits.max())
+                    weights /= weights.sum()
+                    out[b, h, r] = weights @ means_v
+                    if value_tilt:
+                        for factor in {f for _, f in cells}:
+                            share = sum(float(w) for w, (_, f) in zip(weights, cells, strict=True) if f == factor)
+                            if factor not in tilt:
+                                tilt[factor] = within_cell_covariance(k[b, h], v[b, h], key_blocks, block_n, factor, L)
+                            out[b, h, r] += scale * share * (q[b, h, r] @ tilt[factor])
+    return out
+
+
+def within_cell_covariance(k, v, key_blocks, block_n, factor, tokens):
+    total = torch.zeros(k.shape[1], v.shape[1], dtype=torch.double)
+    for keys in key_blocks:
+        for cell in cells_of_block(keys, block_n, factor):
+            total += (k[cell] - k[cell].mean(0)).T @ (v[cell] - v[cell].mean(0))
+    return total / tokens
+
+
+def cut(order, segments, block):
+    blocks, start = [], 0
+    for length in segments:
+        blocks += [order[p : min(p + block, start + length)] for p in range(start, start + length, block)]
+        start += length
+    return blocks
+
+
+def oracle_importance(q, k, method, block_m, block_n, *, scale=None, order=None, segments=None):
+    """Importance of every key block for every query block: ``pooled_mass`` or ``sampled_max``."""
+    q, k = q.detach().double(), k.detach().double()
+    B, H, L, D = q.shape
+    scale = 1 / math.sqrt(D) if scale is None else scale
+    order = list(range(L)) if order is None else [int(t) for t in order]
+    segments = [L] if segments is None else segments
+    query_blocks, key_blocks = cut(order, segments, block_m), cut(order, segments, block_n)
+    out = torch.zeros(B, H, len(query_blocks), len(key_blocks), dtype=torch.double)
+    width = min(16, block_m, block_n)
+    for b in range(B):
+        for h in range(H):
+            if method == "pooled_mass":
+                groups_q = [[block[s : s + width] for s in range(0, len(block), width)] for block in query_blocks]
+                groups_k = [[block[s : s + width] for s in range(0, len(block), width)] for block in key_blocks]
+            else:
+                groups_q = [[[token] for token in block[::4]] for block in query_blocks]
+                groups_k = [[[token] for token in block[::4]] for block in key_blocks]
+            for i, rows in enumerate(groups_q):
+                block_rows = []
+                for row in rows:
+                    query = q[b, h, row].mean(0)
+                    scores = [
+                        [len(cell) * math.exp(scale * float(query @ k[b, h, cell].mean(0))) for cell in cells]
+                        for cells in groups_k
+                    ]
+                    total = sum(map(sum, scores))
+                    reduce = sum if method == "pooled_mass" else max
+                    block_rows.append((len(row), [reduce(cells) / total for cells in scores]))
+                for j in range(len(key_blocks)):
+                    if method == "pooled_mass":
+                        out[b, h, i, j] = sum(n * s[j] for n, s in block_rows) / sum(n for n, _ in block_rows)
+                    else:
+                        out[b, h, i, j] = max(s[j] for _, s in block_rows)
+    return out
+
+
+def oracle_levels(importance, levels, mode, min_full_ratio=0.06):
+    """Factors of one row of importances (a list), by rank or by cumulative mass. Ties break by index."""
+    N = len(importance)
+    ranked = sorted(range(N), key=lambda j: (-importance[j], j))
+    out = [0] * N
+    full = 1 if mode == "topk" else max(1, math.ceil(min_full_ratio * N))
+    mass, total = 0.0, sum(importance)
+    for rank, j in enumerate(ranked):
+        for factor, bound in levels:
+            if (rank < round(bound * N)) if mode == "topk" else (mass / total < bound or bound >= 1):
+                out[j] = factor
+                break
+        if rank < full:
+            out[j] = 1
+        mass += importance[j]
+    return out
+
+
+def oracle_cosine_cap(k, block_n, thresholds, *, order=None, segments=None):
+    """Largest factor per key block at which the two ends of the full cells are alike on average: ``[B, H, N]``."""
+    k = k.detach().double()
+    B, H, L, _ = k.shape
+    order = list(range(L)) if order is None else [int(t) for t in order]
+    key_blocks = cut(order, [L] if segments is None else segments, block_n)
+    out = torch.ones(B, H, len(key_blocks), dtype=torch.long)
+    for b in range(B):
+        for h in range(H):
+            for j, block in enumerate(key_blocks):
+                for factor, threshold in thresholds:
+                    cells = [c for c in cells_of_block(block, block_n, factor) if len(c) == factor]
+                    cosines = [
+                        float(k[b, h, c[0]] @ k[b, h, c[-1]] / (k[b, h, c[0]].norm() * k[b, h, c[-1]].norm())) for c in cells
+                    ]
+                    if cosines and sum(cosines) / len(cosines) > threshold:
+                        out[b, h, j] = max(int(out[b, h, j]), factor)
+    return out
