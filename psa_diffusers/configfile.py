@@ -1,4 +1,4 @@
-"""Read, merge and type the YAML files of `configs/`. What the keys mean is in `preset.py` and `run_config.py`."""
+"""Read, merge and type the YAML files of `configs/`. What their keys mean is in `preset.py` and `run_config.py`."""
 
 from __future__ import annotations
 
@@ -28,7 +28,8 @@ def builtin_file(name: str) -> Path:
         if candidate.is_file():
             return candidate
     raise FileNotFoundError(
-        f"psa_diffusers ships configs/{name}, but neither {candidates[0]} nor {candidates[1]} exists; reinstall the package"
+        f"psa_diffusers ships configs/{name}, but neither {candidates[0]} nor {candidates[1]} exists; "
+        "reinstall the package"
     )
 
 
@@ -42,11 +43,11 @@ def read_file(path: str | Path) -> dict[str, Any]:
     path = Path(path).expanduser()
     if not path.is_file():
         raise FileNotFoundError(f"no config file at {path}; give the path of a YAML file")
-    return _read_cached(path.resolve(), path.stat().st_mtime_ns)
+    return _read_version(path.resolve(), path.stat().st_mtime_ns)
 
 
 @lru_cache(maxsize=32)
-def _read_cached(path: Path, mtime_ns: int) -> dict[str, Any]:
+def _read_version(path: Path, mtime_ns: int) -> dict[str, Any]:
     try:
         loaded = OmegaConf.load(path)
         content = OmegaConf.to_container(loaded, resolve=True)

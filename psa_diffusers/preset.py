@@ -1,4 +1,4 @@
-"""What the user chose: schema of `configs/attention_config.yaml`, and the way from a name to a checked, frozen object."""
+"""What the user chose: schema of `configs/attention_config.yaml`, and the way from a name to a frozen object."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ class BlockSize:
 
 @dataclass(frozen=True)
 class SimThresholds:
-    """`xh`: mean cosine of the two ends of cells of `h` keys above which `use_sim_mask` lets a block be pooled by `h`."""
+    """`xh`: mean cosine of the ends of cells of `h` keys above which `use_sim_mask` lets a block be pooled by `h`."""
 
     x2: float = 0.7
     x4: float = 0.65
@@ -187,8 +187,8 @@ class PSAPreset:
         coarsest = max(factor for factor, _ in self.mask_ratios)
         if coarsest > self.block_n:
             raise ValueError(
-                f"mask_ratios uses factor {coarsest}, but a block of block_size.n={self.block_n} keys cannot be pooled by "
-                f"more than {self.block_n}; raise block_size.n or drop the factor"
+                f"mask_ratios uses factor {coarsest}, but a block of block_size.n={self.block_n} keys cannot be pooled "
+                f"by more than {self.block_n}; raise block_size.n or drop the factor"
             )
         if self.attn_impl is not None:
             _warn_attn_impl()
@@ -229,8 +229,8 @@ class PSAPreset:
         """Return a copy with some fields changed, checked again.
 
         Args:
-            **overrides: Fields by their YAML names. A mapping for `block_size` or `sim_thresholds` changes only the keys
-                it holds; `mask_ratios` is replaced as a whole.
+            **overrides: Fields by their YAML names. A mapping for `block_size` or `sim_thresholds` changes only the
+                keys it holds; `mask_ratios` is replaced as a whole.
 
         Raises:
             ValueError: If a key is unknown or a value is not allowed.
@@ -321,8 +321,8 @@ def parse_mask_ratios(
         if abs(start - reached) > _TOUCHING:
             problem = "leave a gap before" if start > reached else "overlap at"
             raise ValueError(
-                f"mask_ratios must start at 0, touch, and end at 1; the intervals {problem} factor {factor}, which starts "
-                f"at {start:g} where {reached:g} was due: {shown}"
+                f"mask_ratios must start at 0, touch, and end at 1; the intervals {problem} factor {factor}, which "
+                f"starts at {start:g} where {reached:g} was due: {shown}"
             )
         reached = end
     if abs(reached - 1.0) > _TOUCHING:
@@ -394,7 +394,7 @@ def list_presets(model: str | None = None, *, config: str | Path | None = None) 
 
 
 def _sections(config: str | Path | None) -> dict[str, dict[str, Any]]:
-    """Section name to raw values: the built-in file with the user's laid over it. Unknown keys are errors everywhere."""
+    """Section name to raw values: the built-in file with the user's laid over it. Unknown keys are errors."""
     sections = _checked_sections(builtin_file(_CONFIG_FILE))
     if config is None:
         return sections
