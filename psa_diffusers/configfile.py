@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 Schema = TypeVar("Schema")
@@ -116,12 +116,21 @@ def build(schema: type[Schema], values: Mapping[str, Any], where: str) -> Schema
         ValueError: If a value has the wrong type, or the dataclass itself refuses it.
     """
     try:
-        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), dict(values)))
+        return OmegaConf.to_object(OmegaConf.merge(_writable(OmegaConf.structured(schema)), dict(values)))
     except OmegaConfBaseException as error:
         key = getattr(error, "full_key", None)
         raise ValueError(f"{where}: {f'{key}: ' if key else ''}{str(error).splitlines()[0]}") from error
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from error
+
+
+def _writable(config: DictConfig) -> DictConfig:
+    """Unlock the schema of a frozen dataclass and of those inside it, which OmegaConf 2.3 refuses to merge into."""
+    OmegaConf.set_readonly(config, None)
+    for key in config:
+        if not OmegaConf.is_missing(config, key) and isinstance(config[key], DictConfig):
+            _writable(config[key])
+    return config
 
 
 def parse_overrides(assignments: Sequence[str]) -> dict[str, Any]:

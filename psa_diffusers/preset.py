@@ -138,7 +138,7 @@ class PSAPreset:
     dense_last_steps: int = 0
     use_sim_mask: bool = False
     sim_thresholds: SimThresholds = field(default_factory=SimThresholds)
-    tile_size: tuple[int, int, int] = (2, 8, 8)
+    tile_size: tuple[int, ...] = (2, 8, 8)
     text_length: int | None = None
     verbose: bool = False
     attn_impl: str | None = None
@@ -428,8 +428,9 @@ def _checked_sections(path: str | Path) -> dict[str, dict[str, Any]]:
 def _reject_unknown_keys(preset: Mapping[str, Any], where: str, allowed: frozenset[str] = _PRESET_KEYS) -> None:
     reject_unknown(preset, allowed, where)
     for key, part in (("block_size", BlockSize), ("sim_thresholds", SimThresholds)):
-        if isinstance(preset.get(key), Mapping):
-            reject_unknown(preset[key], asdict(part()), f"{where}, {key}")
+        if key in preset and not isinstance(preset[key], Mapping):
+            raise ValueError(f"{where}: {key} must be a mapping of {', '.join(asdict(part()))}, got {preset[key]!r}")
+        reject_unknown(preset.get(key, ()), asdict(part()), f"{where}, {key}")
 
 
 def _mapping(values: Mapping[str, Any], key: str, where: str) -> Mapping[str, Any]:
