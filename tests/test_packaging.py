@@ -1,0 +1,132 @@
+"""What a user gets: a wheel that carries its presets, and an import that is quick, silent and without side effects."""
+
+import os
+import re
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+def run_python(code, *, cwd, path=None):
+    """Run code in a fresh Python, with `path` before everything else. Returns its output and its error output."""
+    environment = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "TRITON_INTERPRET")}
+    if path is not None:
+        environment["PYTHONPATH"] = str(path)
+    done = subprocess.run([sys.executable, "-c", code], cwd=cwd, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout, done.stderr
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("wheel")
+    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(folder), str(ROOT)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (built,) = folder.glob("*.whl")
+    return built
+
+
+@pytest.fixture(scope="module")
+def installed(wheel, tmp_path_factory):
+    target = tmp_path_factory.mktemp("site")
+    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(target), str(wheel)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return target
+
+
+def test_wheel_holds_every_module_and_every_config(wheel):
+    packed = set(zipfile.ZipFile(wheel).namelist())
+    modules = {path.relative_to(ROOT).as_posix() for path in (ROOT / "psa_diffusers").rglob("*.py")}
+    configs = {f"psa_diffusers/configs/{path.name}" for path in (ROOT / "configs").glob("*.yaml")}
+    assert configs
+    assert modules | configs <= packed
+    assert {name.split("/")[0] for name in packed} == {"psa_diffusers", "psa_diffusers-0.1.0.dist-info"}
+    assert "psa_diffusers-0.1.0.dist-info/licenses/LICENSE" in packed
+
+
+def test_wheel_asks_for_triton_on_linux_only(wheel):
+    with zipfile.ZipFile(wheel) as archive:
+        metadata = archive.read("psa_diffusers-0.1.0.dist-info/METADATA").decode()
+    required = [line for line in metadata.splitlines() if line.startswith("Requires-Dist: ") and "extra ==" not in line]
+    assert any(re.search(r"triton.*; sys_platform == .linux.", line) for line in required)
+    assert any("diffusers" in line and "<" in line and ">=" in line for line in required)
+
+
+def test_installed_wheel_works_from_anywhere(installed, tmp_path):
+    code = (
+        "import psa_diffusers\n"
+        "from psa_diffusers import list_presets, load_preset\n"
+        "from psa_diffusers.run_config import load_model_config\n"
+        "print(psa_diffusers.__file__)\n"
+        "print(load_preset('CogVideo_5b', 'psa_4steps').levels, sorted(list_presets()), load_model_config('demo').name)"
+    )
+    printed, _ = run_python(code, cwd=tmp_path, path=installed)
+    where, values = printed.splitlines()
+    assert Path(where).is_relative_to(installed)
+    assert values.startswith("((1, 0.05), (2, 0.15), (4, 0.25), (8, 0.5), (0, 1.0)) ['CogVideo1.5_5b'")
+    assert values.endswith("demo")
+
+
+def test_import_prints_nothing_and_changes_nothing(tmp_path):
+    code = (
+        "import random, sys\n"
+        "import numpy, torch, diffusers\n"
+        "before = torch.random.get_rng_state(), random.getstate(), numpy.random.get_state()[1].tolist()\n"
+        "settings = torch.get_num_threads(), torch.get_default_dtype(), torch.is_grad_enabled()\n"
+        "had_triton = 'triton' in sys.modules\n"
+        "import psa_diffusers\n"
+        "assert torch.equal(before[0], torch.random.get_rng_state())\n"
+        "assert before[1:] == (random.getstate(), numpy.random.get_state()[1].tolist())\n"
+        "assert settings == (torch.get_num_threads(), torch.get_default_dtype(), torch.is_grad_enabled())\n"
+        "assert had_triton or 'triton' not in sys.modules\n"
+        "assert not [name for name in sys.modules if name.startswith('psa_diffusers.kernels.')]\n"
+        "assert not torch.cuda.is_initialized()\n"
+    )
+    printed, complaints = run_python(code, cwd=tmp_path, path=ROOT)
+    assert printed == ""
+    assert "psa_diffusers" not in complaints
+
+
+def test_import_costs_little_beyond_torch_and_diffusers(tmp_path):
+    # CPU time: what else runs on the machine must not count
+    code = (
+        "import time, torch, diffusers\n"
+        "start = time.process_time()\n"
+        "import psa_diffusers\n"
+        "print(time.process_time() - start)"
+    )
+    seconds = float(run_python(code, cwd=tmp_path, path=ROOT)[0])
+    assert seconds < 0.3
+
+
+def test_import_works_without_triton(tmp_path):
+    code = (
+        "import sys\n"
+        "from importlib.machinery import PathFinder\n"
+        "find = PathFinder.find_spec\n"
+        "PathFinder.find_spec = staticmethod(lambda name, *rest: None if name == 'triton' else find(name, *rest))\n"
+        "import psa_diffusers, torch\n"
+        "q = torch.randn(1, 1, 64, 16)\n"
+        "print(tuple(psa_diffusers.psa_attention(q, q, q).shape), 'triton' in sys.modules)"
+    )
+    assert run_python(code, cwd=tmp_path, path=ROOT)[0].split("\n")[0] == "(1, 1, 64, 16) False"
+
+
+def test_constraints_pin_every_requirement_without_naming_a_host():
+    lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    pins = [line for line in lines if line and not line.startswith("#")]
+    assert all(re.fullmatch(r"[A-Za-z0-9_.\-]+==[0-9][0-9A-Za-z.]*", pin) for pin in pins)
+    pinned = {re.sub(r"[-_.]+", "-", pin.split("==")[0]).lower() for pin in pins}
+    project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    required = {
+        re.sub(r"[-_.]+", "-", name).lower() for name in re.findall(r'^    "([A-Za-z0-9_-]+)[>=]', project, re.M)
+    }
+    assert {"torch", "diffusers", "omegaconf", "pytest"} <= required
+    assert required <= pinned
