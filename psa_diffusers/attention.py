@@ -2,7 +2,7 @@
 
 import logging
 import math
-from functools import lru_cache
+from functools import cache
 from types import ModuleType
 
 import torch
@@ -66,7 +66,6 @@ def psa_attention(
     grid = (1, 1, q.shape[2] - text_tokens) if grid is None else tuple(int(size) for size in grid)
     _check_grid(q, grid, text_tokens)
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
-    backend = resolve_backend(backend, q)
     if return_schedule or _needs_grad(q, k, v):
         out, schedule = _run(q, k, v, preset, grid, text_tokens, text_first, scale, backend)
         return (out, schedule) if return_schedule else out
@@ -75,7 +74,7 @@ def psa_attention(
 
 def _run(q, k, v, preset: PSAPreset, grid, text_tokens, text_first, scale, backend) -> tuple[Tensor, Schedule]:
     """The stages in order. Everything before `attend` is planning: it decides what is read and takes no gradient."""
-    column = _column(backend)
+    column = _column(resolve_backend(backend, q))
     layout = make_layout(
         grid, text_tokens, text_first, preset.block_m, preset.block_n, preset.order, preset.tile_size, q.device
     )
@@ -151,7 +150,8 @@ def pyramid_attention(
     allowed = {0, *(1 << bit for bit in range(block_n.bit_length()))}
     if not used <= allowed:
         raise ValueError(
-            f"level_map holds factors {sorted(used - allowed)}; with block_n={block_n} a factor is one of {sorted(allowed)}"
+            f"level_map holds factors {sorted(used - allowed)}; "
+            f"with block_n={block_n} a factor is one of {sorted(allowed)}"
         )
     scale = 1 / math.sqrt(dim) if scale is None else float(scale)
     column = _column(resolve_backend(backend, q))
@@ -191,7 +191,9 @@ def resolve_backend(backend: str, q: Tensor) -> str:
         return "torch"
     reason = _why_no_triton(q)
     if backend == "triton" and reason:
-        raise RuntimeError(f"backend='triton' cannot run here: {reason}. Use backend='torch', or 'auto' to let us choose.")
+        raise RuntimeError(
+            f"backend='triton' cannot run here: {reason}. Use backend='torch', or 'auto' to let us choose."
+        )
     if reason is None:
         return "triton"
     if q.device.type == "cuda":
@@ -207,13 +209,13 @@ def _why_no_triton(q: Tensor) -> str | None:
     if not _triton_found():
         return "triton is not installed"
     if q.device.type != "cuda" and not _interpreting():
-        return f"the tensors are on {q.device.type!r}, Triton needs a CUDA or ROCm device (or TRITON_INTERPRET=1, for tests)"
+        return f"the tensors are on {q.device.type!r}, and Triton needs a CUDA or ROCm device"
     if q.device.type != "cuda" and q.dtype == torch.bfloat16:
         return "the Triton interpreter computes noise in bfloat16"
     return None
 
 
-@lru_cache(maxsize=1)
+@cache
 def _triton_found() -> bool:
     from importlib.util import find_spec
 
@@ -226,7 +228,7 @@ def _interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
-@lru_cache(maxsize=None)
+@cache
 def _say_once(message: str) -> None:
     logger.warning(message)
 
@@ -259,15 +261,21 @@ _PRESETS: dict[str, PSAPreset] = {}
 
 
 def _remember(preset: PSAPreset) -> str:
-    key = repr(preset)
-    if key not in _PRESETS:
-        _PRESETS[key] = preset
-    return key
+    _PRESETS[preset.key] = preset
+    return preset.key
 
 
 @torch.library.custom_op("psa_diffusers::psa_attention", mutates_args=())
 def _psa_op(
-    q: Tensor, k: Tensor, v: Tensor, preset: str, grid: list[int], text_tokens: int, text_first: bool, scale: float, backend: str
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    preset: str,
+    grid: list[int],
+    text_tokens: int,
+    text_first: bool,
+    scale: float,
+    backend: str,
 ) -> Tensor:
     return _run(q, k, v, _PRESETS[preset], tuple(grid), text_tokens, text_first, scale, backend)[0]
 
@@ -306,7 +314,8 @@ def unsupported_head_dim(dim: int) -> str | None:
 def _check_grid(q: Tensor, grid: tuple[int, ...], text_tokens: int) -> None:
     if len(grid) != 3 or min(grid) < 1 or text_tokens < 0:
         raise ValueError(
-            f"grid must be (frames, height, width) in tokens, each at least 1, and text_tokens at least 0; got {grid} and {text_tokens}"
+            "grid must be (frames, height, width) in tokens, each at least 1, and text_tokens at least 0, "
+            f"got {grid} and {text_tokens}"
         )
     frames, height, width = grid
     if frames * height * width + text_tokens != q.shape[2]:

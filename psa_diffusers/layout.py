@@ -21,7 +21,7 @@ class Layout:
         text_tokens: Number of text tokens.
         block_m: Lanes of a query block.
         block_n: Lanes of a key block.
-        query_rows: ``[M * block_m]`` int32, the source token of each lane of each query block, ``-1`` for an empty lane.
+        query_rows: ``[M * block_m]`` int32, source token of each lane of each query block, ``-1`` for an empty lane.
         key_rows: ``[N * block_n]`` int32, the same for keys.
         query_counts: ``[M]`` int32, real tokens of each query block.
         key_counts: ``[N]`` int32, real tokens of each key block.
@@ -87,7 +87,9 @@ def make_layout(
         tile_size: Tokens of a tile, for the order ``tiles``.
         device: Where the index tensors live.
     """
-    return _make_layout(tuple(grid), text_tokens, text_first, block_m, block_n, order, tuple(tile_size), torch.device(device))
+    return _make_layout(
+        tuple(grid), text_tokens, text_first, block_m, block_n, order, tuple(tile_size), torch.device(device)
+    )
 
 
 @lru_cache(maxsize=32)

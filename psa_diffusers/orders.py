@@ -1,4 +1,4 @@
-"""Orders in which the tokens of a video grid can stand, so that a block of consecutive tokens is compact in space and time."""
+"""Orders in which the tokens of a video can stand, so that a block of consecutive tokens is compact in space and time."""
 
 from collections.abc import Iterator
 
@@ -52,7 +52,9 @@ def _raster_inside(place: tuple[Tensor, ...], tile: tuple[int, int, int]) -> Ten
     return (t * tile[1] + y) * tile[2] + x
 
 
-def _sort_nested(place: tuple[Tensor, ...], grid: tuple[int, int, int], tile: tuple[int, int, int], *, inside: Tensor) -> Tensor:
+def _sort_nested(
+    place: tuple[Tensor, ...], grid: tuple[int, int, int], tile: tuple[int, int, int], *, inside: Tensor
+) -> Tensor:
     """Sort by tile (raster of tiles), then by the key ``inside`` the tile."""
     t, y, x = (p // size for p, size in zip(place, tile, strict=True))
     rows, columns = -(-grid[1] // tile[1]), -(-grid[2] // tile[2])

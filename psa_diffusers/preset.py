@@ -193,6 +193,7 @@ class PSAPreset:
         if self.attn_impl is not None:
             _warn_attn_impl()
             store(self, "attn_impl", None)
+        store(self, "key", repr(self))  # the name of this object for the operator: a constant while torch compiles
 
     @property
     def block_m(self) -> int:

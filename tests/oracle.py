@@ -1,4 +1,4 @@
-"""The judge: pyramid attention as docs/concept.md defines it, in float64, token by token. Imports nothing of the package.
+"""The judge: pyramid attention as docs/concept.md defines it, in float64, token by token. Imports nothing of ours.
 
 Slow on purpose: loops over queries, blocks and cells, so that each line can be held against the definition.
 """
@@ -9,20 +9,34 @@ import torch
 
 
 def cells_of_block(tokens_of_block, block_n, factor):
-    """Tokens of each cell of a key block: lanes 0 .. block_n in runs of `factor`; lanes past the last token are empty."""
+    """Tokens of each cell of a key block: lanes in runs of `factor`; lanes past the last token are empty."""
     cells = [tokens_of_block[start : start + factor] for start in range(0, block_n, factor)]
     return [cell for cell in cells if cell]
 
 
 def oracle_attention(
-    q, k, v, level_map, block_m, block_n, *, scale=None, key_variance=False, value_tilt=False, cap=4.0, order=None, segments=None
+    q,
+    k,
+    v,
+    level_map,
+    block_m,
+    block_n,
+    *,
+    scale=None,
+    key_variance=False,
+    value_tilt=False,
+    cap=4.0,
+    order=None,
+    segments=None,
+    dtype=torch.float64,
 ):
     """Pyramid attention.
 
-    order: list of token indices, the sequence in which tokens are cut into blocks (all tokens as they stand by default).
+    order: token indices in the sequence in which they are cut into blocks (as they stand by default).
     segments: lengths of the segments of `order`; each starts a new block.
+    dtype: float64 for the truth. In a lower precision the same arithmetic shows how much rounding costs.
     """
-    q, k, v = (x.detach().double() for x in (q, k, v))
+    q, k, v = (x.detach().to(dtype) for x in (q, k, v))
     B, H, L, D = q.shape
     scale = 1 / math.sqrt(D) if scale is None else scale
     order = list(range(L)) if order is None else [int(t) for t in order]
@@ -44,7 +58,7 @@ def oracle_attention(
                     continue
                 means_k = torch.stack([k[b, h, cell].mean(0) for cell, _ in cells])
                 means_v = torch.stack([v[b, h, cell].mean(0) for cell, _ in cells])
-                sizes = torch.tensor([float(len(cell)) for cell, _ in cells], dtype=torch.double)
+                sizes = torch.tensor([float(len(cell)) for cell, _ in cells], dtype=dtype)
                 bias = torch.zeros_like(sizes)
                 if key_variance:
                     spread = [k[b, h, cell].var(0, unbiased=False).mean() for cell, _ in cells]
@@ -58,17 +72,17 @@ def oracle_attention(
                         for factor in {f for _, f in cells}:
                             share = sum(float(w) for w, (_, f) in zip(weights, cells, strict=True) if f == factor)
                             if factor not in tilt:
-                                tilt[factor] = within_cell_covariance(k[b, h], v[b, h], key_blocks, block_n, factor, L)
+                                tilt[factor] = within_cell_covariance(k[b, h], v[b, h], key_blocks, block_n, factor)
                             out[b, h, r] += scale * share * (q[b, h, r] @ tilt[factor])
     return out
 
 
-def within_cell_covariance(k, v, key_blocks, block_n, factor, tokens):
-    total = torch.zeros(k.shape[1], v.shape[1], dtype=torch.double)
+def within_cell_covariance(k, v, key_blocks, block_n, factor):
+    total = torch.zeros(k.shape[1], v.shape[1], dtype=k.dtype)
     for keys in key_blocks:
         for cell in cells_of_block(keys, block_n, factor):
             total += (k[cell] - k[cell].mean(0)).T @ (v[cell] - v[cell].mean(0))
-    return total / tokens
+    return total / len(k)
 
 
 def cut(order, segments, block):
@@ -147,7 +161,8 @@ def oracle_cosine_cap(k, block_n, thresholds, *, order=None, segments=None):
                 for factor, threshold in thresholds:
                     cells = [c for c in cells_of_block(block, block_n, factor) if len(c) == factor]
                     cosines = [
-                        float(k[b, h, c[0]] @ k[b, h, c[-1]] / (k[b, h, c[0]].norm() * k[b, h, c[-1]].norm())) for c in cells
+                        float(k[b, h, c[0]] @ k[b, h, c[-1]] / (k[b, h, c[0]].norm() * k[b, h, c[-1]].norm()))
+                        for c in cells
                     ]
                     if cosines and sum(cosines) / len(cosines) > threshold:
                         out[b, h, j] = max(int(out[b, h, j]), factor)

@@ -8,11 +8,19 @@ from psa_diffusers.layout import Layout
 from psa_diffusers.stages.pyramid import Pyramid
 from psa_diffusers.stages.schedule import Schedule
 
-_GATHER_ELEMENTS = 2**22  # numbers gathered at a time: 16 MiB of float32, about what a processor's caches hold
+_GATHER_ELEMENTS = 2**20  # numbers gathered at a time: 4 MiB of float32 stay in the caches until they are read
 
 
 def attend(
-    q: Tensor, k: Tensor, v: Tensor, pyramid: Pyramid, schedule: Schedule, layout: Layout, *, scale: float, variance_cap: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pyramid: Pyramid,
+    schedule: Schedule,
+    layout: Layout,
+    *,
+    scale: float,
+    variance_cap: float,
 ) -> Tensor:
     """Read each kept block at its factor; the definition of docs/concept.md, cell by cell.
 
@@ -45,7 +53,7 @@ def _attend_head(out, q, k, v, pyramid, schedule, layout, head, scale, variance_
     m = layout.block_m
     wide = pyramid.log_counts.dtype
     bias = torch.cat([torch.zeros(tokens, dtype=wide, device=q.device), pyramid.log_counts])
-    tilt = pyramid.covariance is not None
+    tilt = pyramid.covariance is not None and len(pyramid.factors) > 1
     cells = torch.cat([torch.cat([k[head], pyramid.keys[head]]), torch.cat([v[head], pyramid.values[head]])], 1)
     if tilt:
         cells = torch.cat([cells, _factor_channels(pyramid, cells, tokens)], 1)
@@ -65,19 +73,19 @@ def _attend_head(out, q, k, v, pyramid, schedule, layout, head, scale, variance_
         slot = torch.arange(int(count.max()), device=q.device)
         real = slot < count[:, None]
         # padding repeats the block's first cell at weight zero: a cell that is not read must not matter, NaN or not
-        index = rows[torch.where(real, slot, 0) + starts[blocks][:, None]]
-        block_bias = torch.where(real, bias[index], -torch.inf)
+        index = _take(rows, torch.where(real, slot, 0) + starts[blocks][:, None])
+        block_bias = torch.where(real, _take(bias, index), -torch.inf)
         query_rows = layout.query_rows.view(-1, m)[blocks]
         lanes = query_rows >= 0
-        query = q[head][query_rows.clamp_min(0).long()].to(cells.dtype)
+        query = _take(q[head], query_rows.clamp_min(0)).to(cells.dtype)
         if pyramid.variance is not None:
             norm = query.to(wide).square().sum(-1) * lanes
             norm = torch.where(torch.isfinite(norm), norm, 0).sum(1) / lanes.sum(1)
-            block_bias = block_bias + (0.5 * scale**2 * norm[:, None] * spread[index]).clamp_max(variance_cap)
-        gathered = cells[index]
+            block_bias = block_bias + (0.5 * scale**2 * norm[:, None] * _take(spread, index)).clamp_max(variance_cap)
+        gathered = _take(cells, index)
         read = F.scaled_dot_product_attention(
-            F.pad(query, (0, key_extra))[:, None],
-            F.pad(gathered[..., :dim], (0, key_extra))[:, None],
+            _widen(query, key_extra)[:, None],
+            _widen(gathered[..., :dim], key_extra)[:, None],
             gathered[..., dim:][:, None],
             attn_mask=block_bias[:, None, None].expand(-1, 1, m, -1),
             scale=scale,
@@ -88,8 +96,19 @@ def _attend_head(out, q, k, v, pyramid, schedule, layout, head, scale, variance_
         out[head][query_rows[lanes].long()] = result[lanes].to(q.dtype)
 
 
-def _cell_rows(schedule: Schedule, pyramid: Pyramid, layout: Layout, head: tuple[int, int], tokens: int) -> tuple[Tensor, Tensor]:
-    """Rows of `cells` that each query block reads, one block after the other ``[sum of lengths]``, and ``[M]`` lengths.
+def _widen(x: Tensor, extra: int) -> Tensor:
+    return F.pad(x, (0, extra)) if extra else x
+
+
+def _take(x: Tensor, index: Tensor) -> Tensor:
+    """``x[index]``, which copies whole rows instead of numbers: several times faster on a CPU."""
+    return x.index_select(0, index.flatten()).view(*index.shape, *x.shape[1:])
+
+
+def _cell_rows(
+    schedule: Schedule, pyramid: Pyramid, layout: Layout, head: tuple[int, int], tokens: int
+) -> tuple[Tensor, Tensor]:
+    """Rows of `cells` that each query block reads, block after block ``[sum of lengths]``, and the ``[M]`` lengths.
 
     Token rows come first in `cells`, the pyramid's rows after them. Lanes without a token are left out.
     """
@@ -152,4 +171,3 @@ def _tilt(query: Tensor, shares: Tensor, pyramid: Pyramid, head: tuple[int, int]
         # a head of NaN values has a NaN covariance: it counts only where the factor was read
         total += torch.where(share > 0, share * (query.to(wide) @ covariance[f]), 0)
     return total * scale
-

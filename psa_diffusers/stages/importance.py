@@ -38,7 +38,7 @@ def block_importance(q: Tensor, k: Tensor, layout: Layout, method: str, scale: f
 
 
 def pool_rows(x: Tensor, rows: Tensor, width: int) -> tuple[Tensor, Tensor]:
-    """Mean of the real tokens of every ``width`` lanes: ``[B, H, lanes / width, D]``, and their number ``[lanes / width]``."""
+    """Mean of the real tokens of every ``width`` lanes ``[B, H, lanes / width, D]``, and their number."""
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     real = (rows >= 0).to(wide)
     counts = real.view(-1, width).sum(1)
@@ -57,7 +57,15 @@ def sample_rows(x: Tensor, rows: Tensor, width: int) -> tuple[Tensor, Tensor]:
 
 
 def reduce_scores(
-    cells_q: Tensor, counts_q: Tensor, cells_k: Tensor, counts_k: Tensor, layout: Layout, width: int, scale: float, *, mass: bool
+    cells_q: Tensor,
+    counts_q: Tensor,
+    cells_k: Tensor,
+    counts_k: Tensor,
+    layout: Layout,
+    width: int,
+    scale: float,
+    *,
+    mass: bool,
 ) -> Tensor:
     """Softmax of cell scores, reduced to blocks: sum over key cells and mean over queries, or the maximum of both."""
     wide = torch.float64 if cells_q.dtype == torch.float64 else torch.float32

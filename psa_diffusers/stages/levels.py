@@ -89,7 +89,7 @@ def key_cosine_cap(k: Tensor, layout: Layout, thresholds: tuple[tuple[int, float
 
     Source: arXiv:2512.04025, Alg. 3.
     """
-    batch, heads, _, dim = k.shape
+    batch, heads = k.shape[:2]
     lanes = layout.key_rows.shape[0]
     wide = torch.float64 if k.dtype == torch.float64 else torch.float32
     cap = torch.ones(batch, heads, layout.num_key_blocks, dtype=torch.int16, device=k.device)

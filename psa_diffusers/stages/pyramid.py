@@ -47,7 +47,13 @@ def pooled_rows(lanes: int, factors: tuple[int, ...]) -> tuple[tuple[int, ...], 
 
 
 def build_pyramid(
-    k: Tensor, v: Tensor, layout: Layout, factors: tuple[int, ...], *, key_variance: bool = False, value_tilt: bool = False
+    k: Tensor,
+    v: Tensor,
+    layout: Layout,
+    factors: tuple[int, ...],
+    *,
+    key_variance: bool = False,
+    value_tilt: bool = False,
 ) -> Pyramid:
     """Pool keys and values over the cells of every factor.
 

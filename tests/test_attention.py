@@ -1,0 +1,148 @@
+"""The public functions: bad input, broken numbers, determinism, compilation, gradients."""
+
+import logging
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from psa_diffusers import PSAPreset, assign_levels, psa_attention, pyramid_attention
+
+PRESET = PSAPreset(block_size={"m": 32, "n": 32}, mask_ratios={1: [0, 0.2], 4: [0.2, 0.5], 0: [0.5, 1]})
+GRID = (4, 6, 8)
+
+
+def qkv(rng, tokens=192, dtype=torch.float32, dim=16):
+    return tuple(torch.randn(1, 2, tokens, dim, generator=rng).to(dtype) for _ in range(3))
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (lambda q, k, v: (q, k[:, :, :-1], v), ValueError, "one shape"),
+        (lambda q, k, v: (q[0], k[0], v[0]), ValueError, "one shape"),
+        (lambda q, k, v: (q, k.half(), v), TypeError, "one dtype"),
+        (lambda q, k, v: (q.int(), k.int(), v.int()), TypeError, "float32"),
+        (lambda q, k, v: (q[..., :12], k[..., :12], v[..., :12]), ValueError, "multiple of 8 from 16 to 256, got 12"),
+        (lambda q, k, v: (q[..., :8], k[..., :8], v[..., :8]), ValueError, "got 8"),
+        (lambda q, k, v: (q[:0], k[:0], v[:0]), ValueError, "must not be empty"),
+    ],
+)
+def test_tensors_that_do_not_fit_are_refused(change, error, message, rng):
+    with pytest.raises(error, match=message):
+        psa_attention(*change(*qkv(rng)), PRESET)
+    with pytest.raises(error, match=message):
+        pyramid_attention(*change(*qkv(rng)), torch.ones(1, 2, 6, 6), block_m=32, block_n=32)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"grid": (4, 6, 7)}, "192 tokens, but the grid 4 x 6 x 7 and 0 text tokens make 168"),
+        ({"grid": GRID, "text_tokens": 5}, "make 197"),
+        ({"grid": (0, 6, 8)}, "each at least 1"),
+        ({"grid": GRID, "backend": "cuda"}, "auto, torch, triton"),
+        ({"grid": GRID, "preset": "psa_balancd"}, "psa_balanced"),
+    ],
+)
+def test_arguments_that_do_not_fit_are_refused(kwargs, message, rng):
+    with pytest.raises(ValueError, match=message):
+        psa_attention(*qkv(rng), **{"preset": PRESET, **kwargs})
+
+
+def test_triton_is_refused_on_a_cpu_and_auto_is_torch(rng, monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    q, k, v = qkv(rng)
+    with pytest.raises(RuntimeError, match="backend='torch'"):
+        psa_attention(q, k, v, PRESET, backend="triton")
+    auto, plain = (psa_attention(q, k, v, PRESET, grid=GRID, backend=backend) for backend in ("auto", "torch"))
+    assert torch.equal(auto, plain)
+
+
+@pytest.mark.parametrize(
+    ("level_map", "message"),
+    [
+        (torch.ones(1, 2, 6, 5), "M, N"),
+        (torch.full((1, 2, 6, 6), 3), "holds factors"),
+        (torch.full((1, 2, 6, 6), 64), "one of"),
+        (torch.full((1, 2, 6, 6), -1), "holds factors"),
+    ],
+)
+def test_level_maps_that_do_not_fit_are_refused(level_map, message, rng):
+    with pytest.raises(ValueError, match=message):
+        pyramid_attention(*qkv(rng), level_map, block_m=32, block_n=32)
+
+
+def test_blocks_must_be_powers_of_two(rng):
+    with pytest.raises(ValueError, match="block_n must be a power of two, got 48"):
+        pyramid_attention(*qkv(rng), torch.ones(1, 2, 6, 4), block_m=32, block_n=48)
+
+
+def test_assign_levels_refuses_an_unknown_mode():
+    with pytest.raises(ValueError, match="'topk' or 'thresholdbound'"):
+        assign_levels(torch.rand(1, 1, 2, 2), {1: [0, 1]}, "quantile")
+
+
+BROKEN = [(name, value, place) for name in "qkv" for value in (torch.nan, torch.inf, -torch.inf) for place in (0, 100)]
+
+
+@pytest.mark.parametrize("importance", ["pooled_mass", "sampled_max"])
+@pytest.mark.parametrize(("name", "value", "place"), BROKEN)
+def test_broken_numbers_come_out_where_dense_attention_has_them(name, value, place, importance, rng):
+    tensors = dict(zip("qkv", qkv(rng), strict=True))
+    tensors[name][0, 1, place, 3] = value
+    preset = PRESET.replace(importance=importance, key_variance=True, value_tilt=True)
+    out = psa_attention(**tensors, preset=preset, grid=GRID, backend="torch")
+    dense = F.scaled_dot_product_attention(*(tensors[n].double() for n in "qkv"))
+    assert torch.equal(out.isnan(), dense.isnan())
+    assert torch.isfinite(out[0, 0]).all(), "the other head is not touched"
+
+
+def test_two_calls_are_bit_equal_and_leave_the_random_state(rng):
+    q, k, v = qkv(rng)
+    before = torch.random.get_rng_state()
+    preset = PRESET.replace(importance="sampled_max", key_variance=True, value_tilt=True)
+    first, second = (psa_attention(q, k, v, preset, grid=GRID) for _ in range(2))
+    assert torch.equal(first, second)
+    assert torch.equal(before, torch.random.get_rng_state())
+
+
+def test_a_dense_preset_is_dense_attention(rng):
+    q, k, v = qkv(rng)
+    out, schedule = psa_attention(q, k, v, PSAPreset(type="dense"), grid=GRID, return_schedule=True)
+    assert torch.equal(out, F.scaled_dot_product_attention(q, k, v))
+    assert schedule.density() == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_operator_passes_the_checks_of_torch(dtype, rng):
+    from psa_diffusers.attention import _psa_op, _remember
+
+    q, k, v = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in qkv(rng, dtype=dtype))
+    args = (q, k, v, _remember(PRESET), list(GRID), 0, True, 0.25, "torch")
+    torch.library.opcheck(_psa_op, args, test_utils=("test_schema", "test_faketensor"))
+
+
+def test_compiled_code_stays_one_graph(rng):
+    q, k, v = qkv(rng)
+    call = lambda q, k, v: psa_attention(q + 0, k, v, PRESET, grid=GRID) * 2  # noqa: E731
+    compiled = torch.compile(call, backend="eager", fullgraph=True)
+    assert torch.equal(compiled(q, k, v), call(q, k, v))
+
+
+def test_gradients_flow_through_the_torch_stages(rng):
+    q, k, v = (x.double().requires_grad_() for x in qkv(rng, tokens=96))
+    preset = PRESET.replace(block_size={"m": 16, "n": 16}, key_variance=True, value_tilt=True)
+    run = lambda q, k, v: psa_attention(q, k, v, preset, grid=(2, 6, 8))  # noqa: E731
+    assert torch.autograd.gradcheck(lambda v: run(q.detach(), k.detach(), v)[..., ::5, ::4], (v,), fast_mode=True)
+    run(q, k, v).sum().backward()
+    assert all(torch.isfinite(x.grad).all() for x in (q, k, v))
+
+
+def test_a_gpu_without_triton_is_told_once(caplog):
+    from psa_diffusers.attention import _say_once
+
+    with caplog.at_level(logging.WARNING, "psa_diffusers"):
+        for _ in range(2):
+            _say_once("psa_attention runs on the plain torch stages: for the test")
+    assert len(caplog.records) == 1
