@@ -1,0 +1,386 @@
+"""Attention processors: what all families share, and the one that users hand to diffusers themselves.
+
+Everything here is a plain object, never a module: weights, `state_dict`, `.to`, offload and LoRA do not notice.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import sys
+import weakref
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from psa_diffusers.attention import psa_attention, unsupported_head_dim
+from psa_diffusers.models.registry import Family, find_family, supported, unwrap
+from psa_diffusers.preset import PSAPreset, list_presets, load_preset
+from psa_diffusers.report import Recorder
+from psa_diffusers.warmup import WarmupScheduler
+
+logger = logging.getLogger("psa_diffusers")
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+class Run:
+    """What the processors of one enabled pipeline share: the preset, the clock, the records.
+
+    Args:
+        preset: What to do in sparse steps.
+        title: What was enabled, one line for the report.
+        report: Whether to record every call.
+    """
+
+    def __init__(self, preset: PSAPreset, title: str, *, report: bool) -> None:
+        self.preset = preset
+        self.clock = WarmupScheduler(preset.warmup_steps, dense_last_steps=preset.dense_last_steps)
+        self.recorder = Recorder(title) if report else None
+        self.is_on = True
+        self.pipe: Any = None
+        self.fed_by_callback = False
+        self._said: set[str] = set()
+
+    def begin(self, pipe: Any, *, fed_by_callback: bool) -> None:
+        """Start a call of a pipeline."""
+        self._forget()
+        self.clock.reset()
+        self.pipe, self.fed_by_callback = pipe, fed_by_callback
+
+    def end(self) -> None:
+        """End the call, however it ended. Its records stay until the next one."""
+        self.clock.reset()
+        self.pipe, self.fed_by_callback = None, False
+
+    def before_forward(self, timestep: Any) -> None:
+        """Let the clock know that a denoiser is about to run."""
+        if self.pipe is not None and not torch.compiler.is_compiling():
+            self.clock.set_length(getattr(self.pipe, "num_timesteps", None))
+        # reading a timestep waits for the GPU, so only if nobody else tells the step and somebody wants to know it
+        is_asked = not self.clock.idle or self.recorder is not None
+        if is_asked and not self.fed_by_callback and timestep is not None and self.clock.observe(timestep):
+            self._forget()
+
+    def say(self, reason: str, layer: str) -> None:
+        """Log, once a call and reason, why a layer is dense against the wish of the user."""
+        if reason not in self._said and not torch.compiler.is_compiling():
+            self._said.add(reason)
+            logger.warning("PSA runs %s dense: %s", layer, reason)
+
+    def _forget(self) -> None:
+        self._said.clear()
+        if self.recorder is not None:
+            self.recorder.clear()
+
+
+class Site:
+    """One denoiser of a `Run`: before each forward it reads from the inputs what the processors need.
+
+    Holds no reference to the denoiser.
+
+    Attributes:
+        name: Name in the pipeline.
+        family: What is known of its architecture.
+        run: The run it belongs to.
+        grid: Token grid of the forward that is running, None if its inputs do not tell.
+    """
+
+    def __init__(self, name: str, denoiser: nn.Module, family: Family, run: Run) -> None:
+        self.name = name
+        self.family = family
+        self.run = run
+        self.grid: tuple[int, int, int] | None = None
+        self._config = denoiser.config
+        # of the class: an instance's forward may be wrapped by offloading
+        self._names = tuple(inspect.signature(type(denoiser).forward).parameters)[1:]
+
+    def before_forward(self, denoiser: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        """Torch's forward pre-hook with keyword arguments. Only shapes are read: tensors may be elsewhere still."""
+        inputs = {**dict(zip(self._names, args)), **kwargs}  # noqa: B905 - fewer positional arguments than names
+        self.grid = self.family.read_grid(self._config, inputs)
+        self.run.before_forward(inputs.get("timestep"))
+
+
+class FamilyProcessor:
+    """Base of the families' processors: decides between dense and sparse, and notes what ran.
+
+    A family adds `__call__`, which mirrors the upstream processor with one call changed. It names every argument,
+    because diffusers drops what the signature does not name.
+
+    Args:
+        layer: Module path of the attention in the denoiser.
+        original: The processor that was found there. It runs every dense call.
+        site: The denoiser.
+    """
+
+    def __init__(self, layer: str, original: Any, site: Site) -> None:
+        self.layer = layer
+        self.original = original
+        self.site = site
+
+    @property
+    def psa_recorders(self) -> list[Recorder]:
+        """Recorders of the run, for `psa_report`."""
+        recorder = self.site.run.recorder
+        return [] if recorder is None else [recorder]
+
+    # diffusers sets these two on processors that have them; they belong to the original, which runs the dense calls
+    @property
+    def _attention_backend(self) -> Any:
+        return self.original._attention_backend
+
+    @_attention_backend.setter
+    def _attention_backend(self, backend: Any) -> None:
+        self.original._attention_backend = backend
+
+    @property
+    def _parallel_config(self) -> Any:
+        return self.original._parallel_config
+
+    @_parallel_config.setter
+    def _parallel_config(self, config: Any) -> None:
+        self.original._parallel_config = config
+
+    def why_dense(self, attn: nn.Module, hidden_states: Tensor, attention_mask: Tensor | None) -> str:
+        """Say why this call must be dense; empty if it can be sparse.
+
+        Args:
+            attn: The attention module.
+            hidden_states: Its video tokens ``[B, S, C]``.
+            attention_mask: Its mask.
+        """
+        site, run = self.site, self.site.run
+        if not run.is_on:
+            return "PSA is off"
+        if run.preset.type == "dense":
+            return "the preset is dense"
+        if run.clock.dense:
+            return run.clock.reason
+        if attention_mask is not None:
+            return "an attention mask is in use"
+        if getattr(self.original, "_parallel_config", None) is not None:
+            return "context parallelism splits the tokens"
+        if site.grid is None:
+            return "the inputs of the denoiser do not tell the token grid"
+        frames, height, width = site.grid
+        if hidden_states.shape[1] != frames * height * width:
+            return f"{hidden_states.shape[1]} video tokens do not fill the grid {frames} x {height} x {width}"
+        if hidden_states.dtype not in DTYPES:
+            return f"the dtype {hidden_states.dtype} is not supported"
+        return unsupported_head_dim(attn.inner_dim // attn.heads) or ""
+
+    def dense(self, reason: str, tokens: int, attn: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        """Run the original processor with exactly the arguments that came."""
+        run = self.site.run
+        if run.is_on:
+            if run.recorder is not None:
+                self._note("dense", reason, 1.0, tokens)
+            if not run.clock.dense and run.preset.type != "dense":
+                run.say(reason, self.layer)
+        return self.original(attn, *args, **kwargs)
+
+    def sparse(self, q: Tensor, k: Tensor, v: Tensor, *, text_tokens: int = 0) -> Tensor:
+        """Run pyramid sparse attention on ``[B, H, L, D]`` views."""
+        site, run = self.site, self.site.run
+        # autocast keeps norms in float32; dense attention would cast back as well
+        q, k = q.to(v.dtype), k.to(v.dtype)
+        place = {"grid": site.grid, "text_tokens": text_tokens, "text_first": site.family.text_first}
+        if run.recorder is None:
+            return psa_attention(q, k, v, run.preset, **place)
+        out, schedule = psa_attention(q, k, v, run.preset, **place, return_schedule=True)
+        self._note("sparse", "", schedule.density(), q.shape[2])
+        return out
+
+    def _note(self, kind: str, reason: str, density: float | Tensor, tokens: int) -> None:
+        site = self.site
+        site.run.recorder.note(
+            step=site.run.clock.step,
+            denoiser=site.name,
+            layer=self.layer,
+            kind=kind,
+            reason=reason,
+            density=density,
+            tokens=tokens,
+            grid=site.grid,
+        )
+
+
+def resolve_preset(
+    preset: str | PSAPreset | None,
+    config: str | Path | None,
+    overrides: Mapping[str, Any],
+    *,
+    family: Family,
+    denoiser: nn.Module,
+    pipe: Any = None,
+) -> tuple[PSAPreset, str]:
+    """Find the preset for a denoiser by its own config.
+
+    Args:
+        preset: Name, preset, or None for the default of the denoiser's section.
+        config: The user's own YAML.
+        overrides: Preset fields by their YAML names.
+        family: Family of the denoiser.
+        denoiser: The denoiser.
+        pipe: Its pipeline, if there is one.
+
+    Returns:
+        The preset, and one line that says where it came from.
+
+    Raises:
+        TypeError: If `preset` is something else.
+        ValueError: If there is no such preset, or an override is wrong.
+    """
+    if isinstance(preset, PSAPreset):
+        return (preset.replace(**overrides) if overrides else preset), f"PSA preset {preset.name!r}, given as an object"
+    if preset is not None and not isinstance(preset, str):
+        raise TypeError(
+            f"preset must be a name, a PSAPreset or None (the model's default), got {type(preset).__name__}"
+        )
+    section, is_exact = family.section_of(denoiser, pipe)
+    resolved = load_preset(section, preset, config=config, **overrides)
+    title = f"PSA preset {resolved.name!r} of section {section}"
+    if not is_exact:
+        size = f"{denoiser.config.num_attention_heads} heads and {denoiser.config.num_layers} layers"
+        title += f", the nearest one: no section was made for {size}"
+    return resolved, title
+
+
+class PSAProcessor:
+    """Pyramid sparse attention as one attention processor, for the ways in which diffusers sets processors.
+
+    `pipe.set_attn_processor(PSAProcessor("psa_balanced"))` is `enable_psa(pipe, "psa_balanced")`.
+    `pipe.transformer.set_attn_processor(PSAProcessor("psa_balanced"))` works as well: diffusers puts the one object on
+    every attention of the denoiser; at the first forward it finds out which denoiser that is, makes the video
+    self-attentions sparse and leaves every other attention as diffusers would have it. The denoising step then comes
+    from the denoiser's `timestep`, one scalar read per forward if the preset has warm-up steps; `enable_psa`, which
+    hears of the steps from the pipeline, needs none. To take it back, set the processors you want instead.
+
+    One object on the two experts of Wan 2.2 shares one clock, as it should; use different objects for different
+    pipelines.
+
+    Args:
+        preset: Name of a preset, a `PSAPreset`, or None for the default of the model.
+        config: Path of a YAML with presets of your own.
+        report: Whether to record what runs, for `psa_report`.
+        **overrides: Preset fields by their YAML names, for example `warmup_steps=0`.
+
+    Raises:
+        TypeError: If `preset` is something else.
+        ValueError: If no model has a preset of that name, or an override is wrong.
+    """
+
+    _attention_backend = None
+    _parallel_config = None
+
+    def __init__(
+        self,
+        preset: str | PSAPreset | None = None,
+        *,
+        config: str | Path | None = None,
+        report: bool = False,
+        **overrides: Any,
+    ) -> None:
+        _check_choice(preset, config, overrides)
+        self.preset = preset
+        self.config = config
+        self.report = report
+        self.overrides = overrides
+        self._runs: dict[PSAPreset, Run] = {}
+        self._processors: weakref.WeakKeyDictionary[nn.Module, Any] = weakref.WeakKeyDictionary()
+        self._num_denoisers = 0
+
+    @property
+    def psa_recorders(self) -> list[Recorder]:
+        """Recorders of the denoisers served, for `psa_report`."""
+        return [run.recorder for run in self._runs.values() if run.recorder is not None]
+
+    def __call__(
+        self,
+        attn: nn.Module,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        rotary_emb: Any = None,
+        image_rotary_emb: Any = None,
+    ) -> Any:
+        processor = self._processors.get(attn)
+        if processor is None:
+            processor = self._bind(attn)
+        for name in ("_attention_backend", "_parallel_config"):
+            value = getattr(self, name)
+            if value is not None and getattr(processor, name, value) != value:
+                setattr(processor, name, value)
+        rotary = rotary_emb if image_rotary_emb is None else image_rotary_emb
+        return processor(attn, hidden_states, encoder_hidden_states, attention_mask, rotary)
+
+    def _bind(self, attn: nn.Module) -> Any:
+        """Make the processors of the denoiser that is running, and listen to its forwards from now on."""
+        denoiser, args, kwargs = _running_denoiser(attn)
+        family = find_family(denoiser)
+        preset, title = resolve_preset(self.preset, self.config, self.overrides, family=family, denoiser=denoiser)
+        run = self._runs.get(preset) or self._runs.setdefault(preset, Run(preset, title, report=self.report))
+        self._num_denoisers += 1
+        suffix = "" if self._num_denoisers == 1 else f" {self._num_denoisers}"
+        site = Site(type(denoiser).__name__ + suffix, denoiser, family, run)
+
+        ours = [part for part in denoiser.modules() if getattr(part, "processor", None) is self]
+        paths = {part: path for path, part in family.self_attentions(denoiser).items()}
+        for part in ours:
+            original = family.default_processor(part)
+            self._processors[part] = family.processor(paths[part], original, site) if part in paths else original
+
+        def before_forward(denoiser: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+            if any(part.processor is self for part in ours):
+                site.before_forward(denoiser, args, kwargs)
+                return
+            handle.remove()  # the user has set other processors since
+            for part in ours:
+                self._processors.pop(part, None)
+
+        handle = denoiser.register_forward_pre_hook(before_forward, with_kwargs=True)
+        before_forward(denoiser, args, kwargs)
+        logger.info("%s, in the self-attentions of %s", title, site.name)
+        return self._processors[attn]
+
+
+def _check_choice(preset: str | PSAPreset | None, config: str | Path | None, overrides: Mapping[str, Any]) -> None:
+    """Refuse now what could not work for any model, rather than in the middle of a forward."""
+    if isinstance(preset, PSAPreset):
+        preset.replace(**overrides)
+        return
+    if preset is not None and not isinstance(preset, str):
+        raise TypeError(
+            f"preset must be a name, a PSAPreset or None (the model's default), got {type(preset).__name__}"
+        )
+    by_section = list_presets(config=config)
+    section = "default"
+    if preset is not None:
+        sections = [section for section, names in by_section.items() if preset.casefold() in map(str.casefold, names)]
+        if not sections:
+            names = ", ".join(sorted({name for names in by_section.values() for name in names}))
+            raise ValueError(f"no model has a preset {preset!r}. Available: {names}")
+        section = sections[0]
+    load_preset(section, preset, config=config, **overrides)
+
+
+def _running_denoiser(attn: nn.Module) -> tuple[nn.Module, tuple[Any, ...], dict[str, Any]]:
+    """Find, up the stack, the forward of the denoiser that `attn` is running in, and the inputs of that forward."""
+    remedy = "Use enable_psa(pipe) instead, which needs no search: it is told the denoiser."
+    if torch.compiler.is_compiling():
+        raise RuntimeError(f"a PSAProcessor cannot find its denoiser in compiled code. {remedy}")
+    frame = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code is nn.Module._call_impl.__code__:
+            module = unwrap(frame.f_locals["self"])
+            if find_family(module) is not None and any(part is attn for part in module.modules()):
+                return module, frame.f_locals["args"], frame.f_locals["kwargs"]
+        frame = frame.f_back
+    raise RuntimeError(
+        f"a PSAProcessor was called by a {type(attn).__name__} outside the forward of a denoiser that PSA knows. {remedy} "
+        f"{supported()}"
+    )

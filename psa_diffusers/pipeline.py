@@ -1,0 +1,299 @@
+"""Switch pyramid sparse attention on and off in a diffusers pipeline."""
+
+from __future__ import annotations
+
+import functools
+import importlib.abc
+import importlib.util
+import inspect
+import logging
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from psa_diffusers.models import cogvideox, wan  # noqa: F401 - importing a family registers it
+from psa_diffusers.models.processor import FamilyProcessor, PSAProcessor, Run, Site, resolve_preset
+from psa_diffusers.models.registry import Family, find_family, supported, unwrap
+from psa_diffusers.preset import PSAPreset
+from psa_diffusers.report import SWITCH, Recorder
+
+__all__ = ["disable_psa", "enable_psa"]
+
+logger = logging.getLogger("psa_diffusers")
+
+
+@dataclass
+class _Switch:
+    """Everything `disable_psa` has to undo; lives on the pipeline while PSA is on."""
+
+    run: Run
+    processors: list[tuple[nn.Module, FamilyProcessor]] = field(default_factory=list)
+    hooks: list[Any] = field(default_factory=list)
+    subclass: type | None = None
+
+    @property
+    def psa_recorders(self) -> list[Recorder]:
+        return [] if self.run.recorder is None else [self.run.recorder]
+
+
+def enable_psa(
+    pipe: Any,
+    preset: str | PSAPreset | None = None,
+    *,
+    config: str | Path | None = None,
+    report: bool = False,
+    **overrides: Any,
+) -> Any:
+    """Make the video self-attentions of a pipeline sparse. Weights and modules stay untouched; `disable_psa` undoes it.
+
+    Size of the video, text length, guidance and the denoising step are read from what runs. Calls that cannot be
+    sparse (warm-up steps, an attention mask, an unknown shape) run as before; `psa_report` says which and why.
+
+    Args:
+        pipe: A pipeline with a denoiser of a known family; of two experts (Wan 2.2) both are switched.
+        preset: Name of a preset of the model's section in `configs/attention_config.yaml`, a `PSAPreset`, or None for
+            the model's default. The section is found from the denoiser's own config.
+        config: Path of a YAML with presets of your own, laid over the built-in file.
+        report: Whether to record every call for `psa_report`. Costs a little time; off, it costs nothing.
+        **overrides: Preset fields by their YAML names: `warmup_steps=0`, `mask_ratios={1: [0, .1], 0: [.1, 1]}`.
+
+    Returns:
+        The pipeline itself.
+
+    Raises:
+        RuntimeError: If PSA is on already, or the pipeline is running.
+        TypeError: If no denoiser of the pipeline belongs to a known family, or `preset` is of a wrong type.
+        ValueError: If there is no such preset, or an override is wrong.
+            Whatever is raised, nothing has been changed.
+    """
+    found = _denoisers(pipe)
+    _check_free(pipe, found)
+    _, denoiser, family = found[0]
+    resolved, title = resolve_preset(preset, config, overrides, family=family, denoiser=denoiser, pipe=pipe)
+    run = Run(resolved, title, report=report)
+    switch = _Switch(run, subclass=_with_clock(type(pipe)))
+    sites = [(denoiser, Site(name, denoiser, family, run)) for name, denoiser, family in found]
+    for denoiser, site in sites:
+        switch.processors += _make_processors(denoiser, site)
+
+    # nothing above changes anything, nothing below can fail
+    for attention, processor in switch.processors:
+        attention.processor = processor
+    for denoiser, site in sites:
+        switch.hooks.append(denoiser.register_forward_pre_hook(site.before_forward, with_kwargs=True))
+    setattr(pipe, SWITCH, switch)
+    pipe.__class__ = switch.subclass
+    names = " and ".join(name for name, _, _ in found)
+    logger.info(
+        "%s, in %d self-attentions of %s, %d warm-up steps", title, len(switch.processors), names, resolved.warmup_steps
+    )
+    return pipe
+
+
+def disable_psa(pipe: Any) -> Any:
+    """Put back the very processor objects that `enable_psa` found. A no-op when PSA is off.
+
+    A processor that somebody else has set since then stays.
+
+    Args:
+        pipe: The pipeline that was given to `enable_psa`.
+
+    Returns:
+        The pipeline itself.
+    """
+    switch = getattr(pipe, SWITCH, None)
+    if switch is None:
+        return pipe
+    switch.run.is_on = False  # a copy of our processors may be kept elsewhere: from now on it only forwards
+    for attention, processor in switch.processors:
+        if attention.processor is processor:
+            attention.processor = processor.original
+    for hook in switch.hooks:
+        hook.remove()
+    if type(pipe) is switch.subclass:
+        pipe.__class__ = switch.subclass.__base__
+    delattr(pipe, SWITCH)
+    return pipe
+
+
+def set_attn_processor(self: Any, processor: Any) -> None:
+    """Set the attention processor of the pipeline's denoisers.
+
+    `psa_diffusers` adds this method to diffusers pipelines. A `PSAProcessor` means `enable_psa`; anything else goes to
+    the `set_attn_processor` of each denoiser, after PSA is switched off.
+
+    Args:
+        processor: A processor, or a dict of processors by name.
+
+    Raises:
+        TypeError: If the pipeline has no denoiser that takes attention processors.
+    """
+    if isinstance(processor, PSAProcessor):
+        enable_psa(self, processor.preset, config=processor.config, report=processor.report, **processor.overrides)
+        return
+    names = ("transformer", "transformer_2", "unet")
+    denoisers = [getattr(self, name, None) for name in names]
+    denoisers = [denoiser for denoiser in denoisers if hasattr(denoiser, "set_attn_processor")]
+    if not denoisers:
+        raise TypeError(f"{type(self).__name__} has no denoiser with set_attn_processor among {', '.join(names)}")
+    disable_psa(self)
+    for denoiser in denoisers:
+        # diffusers empties the dict it is given
+        denoiser.set_attn_processor(dict(processor) if isinstance(processor, dict) else processor)
+
+
+def _denoisers(pipe: Any) -> list[tuple[str, nn.Module, Family]]:
+    """Return name, module and family of the denoisers of a pipeline, compiled ones unwrapped."""
+    if isinstance(pipe, nn.Module):
+        raise TypeError(
+            f"enable_psa needs a pipeline, got the module {type(pipe).__name__}. For a denoiser alone use "
+            "denoiser.set_attn_processor(PSAProcessor(...))"
+        )
+    components = getattr(pipe, "components", None)
+    if not isinstance(components, dict):
+        raise TypeError(f"enable_psa needs a diffusers pipeline, got {type(pipe).__name__}")
+    modules = [(name, unwrap(part)) for name, part in components.items() if isinstance(part, nn.Module)]
+    found = [(name, part, find_family(part)) for name, part in modules]
+    found = [(name, part, family) for name, part, family in found if family is not None]
+    if not found:
+        parts = ", ".join(f"{name}: {type(part).__name__}" for name, part in modules) or "no modules"
+        raise TypeError(f"PSA knows no denoiser of this {type(pipe).__name__} ({parts}). {supported()}")
+    return sorted(found, key=lambda entry: entry[0])
+
+
+def _check_free(pipe: Any, found: list[tuple[str, nn.Module, Family]]) -> None:
+    if getattr(pipe, SWITCH, None) is not None:
+        raise RuntimeError("PSA is already enabled on this pipeline; call disable_psa(pipe) before changing the preset")
+    for name, denoiser, _ in found:
+        if any(
+            isinstance(getattr(part, "processor", None), (FamilyProcessor, PSAProcessor)) for part in denoiser.modules()
+        ):
+            raise RuntimeError(
+                f"the attentions of {name} have PSA processors already, through another pipeline that shares it or a "
+                "PSAProcessor. Call disable_psa on that pipeline, or set the processors of the denoiser back, first"
+            )
+    frame = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code.co_name == "__call__" and frame.f_locals.get("self") is pipe:
+            raise RuntimeError("the pipeline is running: call enable_psa before or after the call, not from a callback")
+        frame = frame.f_back
+
+
+def _make_processors(denoiser: nn.Module, site: Site) -> list[tuple[nn.Module, FamilyProcessor]]:
+    family, made, foreign = site.family, [], set()
+    for layer, attention in family.self_attentions(denoiser).items():
+        original = attention.processor
+        if isinstance(original, nn.Module):
+            # replacing it would take its weights out of the state_dict
+            logger.warning("PSA leaves %s dense: its processor %s has weights", layer, type(original).__name__)
+            continue
+        if type(original) is not type(family.default_processor(attention)):
+            foreign.add(type(original).__name__)
+        made.append((attention, family.processor(layer, original, site)))
+    if foreign:
+        logger.warning("PSA replaces %s in sparse steps; dense steps keep it", " and ".join(sorted(foreign)))
+    if not made:
+        raise TypeError(f"PSA found no self-attention in {site.name}, a {type(denoiser).__name__}")
+    return made
+
+
+def _with_clock(cls: type) -> type:
+    """Make the subclass of a pipeline class that feeds the clock: nothing else reaches every call of one pipeline.
+
+    It has the same name, so that saving and messages do not change.
+    """
+    parameters = inspect.signature(cls.__call__)
+    takes_callback = "callback_on_step_end" in parameters.parameters
+
+    @functools.wraps(cls.__call__)
+    def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
+        switch = getattr(self, SWITCH, None)
+        if switch is None:
+            return cls.__call__(self, *args, **kwargs)
+        _check_processors(switch)
+        switch.run.begin(self, fed_by_callback=takes_callback)
+        try:
+            if takes_callback:
+                try:
+                    bound = parameters.bind_partial(self, *args, **kwargs)
+                except TypeError:
+                    return cls.__call__(self, *args, **kwargs)  # lets the pipeline complain in its own words
+                theirs = bound.arguments.get("callback_on_step_end")
+                bound.arguments["callback_on_step_end"] = _join(theirs, switch.run.clock)
+                args, kwargs = bound.args[1:], bound.kwargs
+            return cls.__call__(self, *args, **kwargs)
+        finally:
+            switch.run.end()
+
+    names = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
+    return type(cls.__name__, (cls,), {**names, "__call__": __call__})
+
+
+def _join(theirs: Any, clock: Any) -> Any:
+    """Return one callback for both. The user's is called with what it would get without us."""
+    from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
+
+    if theirs is None:
+        return clock
+    if isinstance(theirs, (PipelineCallback, MultiPipelineCallbacks)):
+        return MultiPipelineCallbacks([theirs, clock])
+
+    def both(pipeline: Any, step_index: int, timestep: Any, callback_kwargs: dict[str, Any]) -> Any:
+        clock(pipeline, step_index, timestep, {})
+        return theirs(pipeline, step_index, timestep, callback_kwargs)
+
+    return both
+
+
+def _check_processors(switch: _Switch) -> None:
+    lost = sum(attention.processor is not processor for attention, processor in switch.processors)
+    if lost:
+        logger.warning(
+            "%d of %d PSA processors have been replaced since enable_psa (fuse_qkv_projections does that): these layers "
+            "are dense. Call disable_psa(pipe), then enable_psa again",
+            lost,
+            len(switch.processors),
+        )
+
+
+def _add_method(module: Any) -> None:
+    pipeline_class = module.DiffusionPipeline
+    if not hasattr(pipeline_class, "set_attn_processor"):
+        pipeline_class.set_attn_processor = set_attn_processor
+
+
+class _AfterImport(importlib.abc.MetaPathFinder):
+    """Adds our method when diffusers loads its pipelines. Loading them ourselves would take a second of every import."""
+
+    module = "diffusers.pipelines.pipeline_utils"
+
+    def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> Any:
+        if fullname != self.module:
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(fullname)
+        if spec is None or spec.loader is None:
+            return spec
+        execute = spec.loader.exec_module
+
+        def exec_module(module: Any) -> None:
+            execute(module)
+            _add_method(module)
+
+        spec.loader.exec_module = exec_module
+        return spec
+
+
+def extend_diffusers() -> None:
+    """Give diffusers pipelines `set_attn_processor`, now or as soon as diffusers loads them."""
+    loaded = sys.modules.get(_AfterImport.module)
+    if loaded is not None and hasattr(loaded, "DiffusionPipeline"):
+        _add_method(loaded)
+    elif not any(isinstance(finder, _AfterImport) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _AfterImport())
+
+
+extend_diffusers()
