@@ -252,8 +252,8 @@ def _check_processors(switch: _Switch) -> None:
     lost = sum(attention.processor is not processor for attention, processor in switch.processors)
     if lost:
         logger.warning(
-            "%d of %d PSA processors have been replaced since enable_psa (fuse_qkv_projections does that): these layers "
-            "are dense. Call disable_psa(pipe), then enable_psa again",
+            "%d of %d PSA processors have been replaced since enable_psa (fuse_qkv_projections does that): these "
+            "layers are dense. Call disable_psa(pipe), then enable_psa again",
             lost,
             len(switch.processors),
         )
@@ -266,7 +266,7 @@ def _add_method(module: Any) -> None:
 
 
 class _AfterImport(importlib.abc.MetaPathFinder):
-    """Adds our method when diffusers loads its pipelines. Loading them ourselves would take a second of every import."""
+    """Adds our method when diffusers loads its pipelines. Loading them now would cost every import a second."""
 
     module = "diffusers.pipelines.pipeline_utils"
 

@@ -84,12 +84,13 @@ class PSAReport:
         if not self.records:
             lines.append("no self-attention has run since PSA was enabled")
         for denoiser, records in _group(self.records, "denoiser").items():
+            calls = _plural(len(records), "call")
             sparse = [record["density"] for record in records if record["kind"] == "sparse"]
             steps = len({record["step"] for record in records})
             layers = len({record["layer"] for record in records})
             lines.append(
-                f"{denoiser}: {_plural(len(records), 'call')} in {_plural(steps, 'step')} and {_plural(layers, 'layer')}: "
-                f"{len(sparse)} sparse, {len(records) - len(sparse)} dense"
+                f"{denoiser}: {calls} in {_plural(steps, 'step')} and {_plural(layers, 'layer')}: {len(sparse)} sparse, "
+                f"{len(records) - len(sparse)} dense"
             )
             overall = _mean(record["density"] for record in records)
             if sparse:
@@ -160,8 +161,8 @@ def psa_report(pipe: Any) -> PSAReport:
     recorders = _recorders(pipe)
     if not recorders:
         raise RuntimeError(
-            "there is no report for this pipeline: recording is off unless asked for. Call disable_psa(pipe) if PSA is on, "
-            "then enable_psa(pipe, report=True), run the pipeline, and call psa_report(pipe) before disable_psa(pipe)"
+            "there is no report for this pipeline: recording is off unless asked for. Call disable_psa(pipe) if PSA is "
+            "on, then enable_psa(pipe, report=True), run the pipeline, and ask for the report while PSA is on"
         )
     records = [dict(entry) for recorder in recorders for entry in recorder.entries]
     waiting = [record for record in records if isinstance(record["density"], torch.Tensor)]

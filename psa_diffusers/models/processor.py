@@ -24,6 +24,7 @@ from psa_diffusers.warmup import WarmupScheduler
 
 logger = logging.getLogger("psa_diffusers")
 
+_WRONG_KIND = "preset must be a name, a PSAPreset or None (the default of the model), got a {}"
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -238,9 +239,7 @@ def resolve_preset(
     if isinstance(preset, PSAPreset):
         return (preset.replace(**overrides) if overrides else preset), f"PSA preset {preset.name!r}, given as an object"
     if preset is not None and not isinstance(preset, str):
-        raise TypeError(
-            f"preset must be a name, a PSAPreset or None (the model's default), got {type(preset).__name__}"
-        )
+        raise TypeError(_WRONG_KIND.format(type(preset).__name__))
     section, is_exact = family.section_of(denoiser, pipe)
     resolved = load_preset(section, preset, config=config, **overrides)
     title = f"PSA preset {resolved.name!r} of section {section}"
@@ -354,9 +353,7 @@ def _check_choice(preset: str | PSAPreset | None, config: str | Path | None, ove
         preset.replace(**overrides)
         return
     if preset is not None and not isinstance(preset, str):
-        raise TypeError(
-            f"preset must be a name, a PSAPreset or None (the model's default), got {type(preset).__name__}"
-        )
+        raise TypeError(_WRONG_KIND.format(type(preset).__name__))
     by_section = list_presets(config=config)
     section = "default"
     if preset is not None:
@@ -381,6 +378,6 @@ def _running_denoiser(attn: nn.Module) -> tuple[nn.Module, tuple[Any, ...], dict
                 return module, frame.f_locals["args"], frame.f_locals["kwargs"]
         frame = frame.f_back
     raise RuntimeError(
-        f"a PSAProcessor was called by a {type(attn).__name__} outside the forward of a denoiser that PSA knows. {remedy} "
-        f"{supported()}"
+        f"a PSAProcessor was called by a {type(attn).__name__} outside the forward of a denoiser that PSA knows. "
+        f"{remedy} {supported()}"
     )
