@@ -16,6 +16,7 @@ from omegaconf.errors import OmegaConfBaseException
 Schema = TypeVar("Schema")
 
 
+@lru_cache(maxsize=8)
 def builtin_file(name: str) -> Path:
     """Find a file of `configs/`: inside the package once installed, beside it in a source checkout.
 
@@ -40,10 +41,19 @@ def read_file(path: str | Path) -> dict[str, Any]:
         FileNotFoundError: If there is no such file.
         ValueError: If it is no valid YAML, or holds something else than a mapping.
     """
+    return _read_version(*file_version(path))
+
+
+def file_version(path: str | Path) -> tuple[Path, int]:
+    """Return the absolute path and the time of the last change: a key for caches of what is made from the file.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+    """
     path = Path(path).expanduser()
     if not path.is_file():
         raise FileNotFoundError(f"no config file at {path}; give the path of a YAML file")
-    return _read_version(path.resolve(), path.stat().st_mtime_ns)
+    return path.resolve(), path.stat().st_mtime_ns
 
 
 @lru_cache(maxsize=32)

@@ -13,6 +13,7 @@ from typing import Any
 from psa_diffusers.configfile import (
     build,
     builtin_file,
+    file_version,
     find_name,
     merge,
     nest,
@@ -355,6 +356,21 @@ def load_preset(
         FileNotFoundError: If `config` does not exist.
         ValueError: If the section, the preset, a key or a value is not valid. The message lists what exists.
     """
+    if overrides:
+        return _load_preset(model, name, config, nest(overrides))
+    # a call of psa_attention with a name comes here once a layer: 8 ms without the cache
+    version = file_version(config) if config is not None else None
+    return _load_preset_version(model, name, file_version(builtin_file(_CONFIG_FILE)), version)
+
+
+@lru_cache(maxsize=256)
+def _load_preset_version(
+    model: str, name: str | None, builtin: tuple[Path, int], config: tuple[Path, int] | None
+) -> PSAPreset:
+    return _load_preset(model, name, config[0] if config else None, {})
+
+
+def _load_preset(model: str, name: str | None, config: str | Path | None, overrides: Mapping[str, Any]) -> PSAPreset:
     sections = _sections(config)
     model = find_name(model, sections, "model section")
     presets = _presets_of(sections[model], model)
@@ -366,7 +382,7 @@ def load_preset(
         raise ValueError(
             f"model section {model!r} has no preset {name!r}.{hint} Available: {', '.join(sorted(presets))}"
         )
-    return _make_preset(model, name, presets[name], nest(overrides))
+    return _make_preset(model, name, presets[name], overrides)
 
 
 def load_section(model: str, config: str | Path | None = None) -> Section:
