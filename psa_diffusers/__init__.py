@@ -1,6 +1,30 @@
-"""Pyramid sparse attention for the video pipelines of Hugging Face diffusers."""
+"""Pyramid sparse attention for the video pipelines of Hugging Face diffusers.
+
+    from psa_diffusers import enable_psa
+
+    enable_psa(pipe)                    # the preset of the model, found from the model itself
+    frames = pipe(prompt).frames[0]
+"""
 
 from psa_diffusers.attention import assign_levels, psa_attention, pyramid_attention
+from psa_diffusers.lora import load_psa_lora
+from psa_diffusers.models.processor import PSAProcessor
+from psa_diffusers.pipeline import disable_psa, enable_psa
 from psa_diffusers.preset import PSAPreset, list_presets, load_preset
+from psa_diffusers.report import psa_report
+from psa_diffusers.warmup import WarmupScheduler
 
-__all__ = ["PSAPreset", "assign_levels", "list_presets", "load_preset", "psa_attention", "pyramid_attention"]
+__all__ = [
+    "PSAPreset",
+    "PSAProcessor",
+    "WarmupScheduler",
+    "assign_levels",
+    "disable_psa",
+    "enable_psa",
+    "list_presets",
+    "load_preset",
+    "load_psa_lora",
+    "psa_attention",
+    "psa_report",
+    "pyramid_attention",
+]
