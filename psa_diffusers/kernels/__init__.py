@@ -1,0 +1,9 @@
+"""The five stages as Triton kernels: the names and signatures of `psa_diffusers.stages`. The only folder that imports triton."""
+
+from psa_diffusers.kernels.attend import attend
+from psa_diffusers.kernels.importance import block_importance
+from psa_diffusers.kernels.levels import assign_block_levels, key_cosine_cap
+from psa_diffusers.kernels.pyramid import build_pyramid
+from psa_diffusers.kernels.schedule import make_schedule
+
+__all__ = ["assign_block_levels", "attend", "block_importance", "build_pyramid", "key_cosine_cap", "make_schedule"]

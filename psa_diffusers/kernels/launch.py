@@ -1,0 +1,55 @@
+"""What every launcher needs: the right device, memory of what a layout implies, and how factors travel to a kernel."""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from psa_diffusers.layout import Layout
+
+_KNOWN: WeakKeyDictionary[Layout, dict[Any, Any]] = WeakKeyDictionary()
+
+
+def on_device(x: Tensor) -> AbstractContextManager:
+    """Make the device of ``x`` current: a kernel starts on the current device, wherever its tensors are."""
+    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
+
+
+def remember(layout: Layout, key: Any, make: Callable[[], Any]) -> Any:
+    """``make()``, once for each layout and key. For what depends on the layout alone."""
+    known = _KNOWN.setdefault(layout, {})
+    if key not in known:
+        known[key] = make()
+    return known[key]
+
+
+def head_strides(x: Tensor) -> tuple[int, int, int]:
+    """Strides of batch, head and token of ``[B, H, L, D]``; the kernels step through D one by one."""
+    if x.stride(3) != 1:
+        raise ValueError(
+            f"the last axis of q, k and v must be contiguous, got strides {tuple(x.stride())}: call .contiguous() first"
+        )
+    return x.stride()[:3]
+
+
+def padded(size: int) -> int:
+    """The power of two, 16 or more, that holds ``size`` channels: matrix units take nothing smaller."""
+    return max(16, triton.next_power_of_2(size))
+
+
+def pack_factors(factors: tuple[int, ...]) -> int:
+    """log2 of every factor in four bits each, the first lowest: one integer that a kernel's loop can index."""
+    return sum((factor.bit_length() - 1) << (4 * f) for f, factor in enumerate(factors))
+
+
+@triton.jit
+def load_rows(base_ptr, rows, stride, o_d, D: tl.constexpr):
+    """Rows ``[R, D_PAD]`` of a matrix; a row of -1 and channels past D are 0 and not read."""
+    mask = (rows >= 0)[:, None] & (o_d < D)[None, :]
+    # int64 before it meets a stride: tokens x heads x channels passes 2**31
+    return tl.load(base_ptr + rows.to(tl.int64)[:, None] * stride + o_d[None, :], mask=mask, other=0.0)
