@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 from collections.abc import Mapping, Sequence
@@ -22,6 +23,7 @@ from psa_diffusers.configfile import (
     reject_unknown,
     suggest,
 )
+from psa_diffusers.ranges import check_ranges, in_ranges
 
 __all__ = [
     "KEY_VARIANCE_CAP",
@@ -110,6 +112,10 @@ class PSAPreset:
         mask_mode: What the intervals count: `topk` blocks, `thresholdbound` accumulated importance.
         warmup_steps: Denoising steps at the start that run dense.
         dense_last_steps: Denoising steps at the end that run dense.
+        steps: Other settings for some denoising steps: a range (`0:5`, `10%:50%`, `-1`) to the keys that differ there.
+            Where ranges overlap, the later one wins. Read them with `at`.
+        layers: The same for some layers (blocks of the denoiser, from 0).
+        dense_layers: Layers that run dense, `"0,1,-1"`.
         use_sim_mask: Pool a block no further than the likeness of neighbouring keys allows.
         sim_thresholds: How alike they must be.
         tile_size: Frames, rows and columns of a box, in tokens, for the order `tiles`.
@@ -137,6 +143,9 @@ class PSAPreset:
     mask_mode: str = "topk"
     warmup_steps: int = 0
     dense_last_steps: int = 0
+    steps: Any = None
+    layers: Any = None
+    dense_layers: Any = None
     use_sim_mask: bool = False
     sim_thresholds: SimThresholds = field(default_factory=SimThresholds)
     tile_size: tuple[int, ...] = (2, 8, 8)
@@ -194,6 +203,11 @@ class PSAPreset:
         if self.attn_impl is not None:
             _warn_attn_impl()
             store(self, "attn_impl", None)
+        store(self, "dense_layers", None if self.dense_layers is None else check_ranges(self.dense_layers))
+        for key in ("steps", "layers"):
+            store(self, key, _as_exceptions(key, getattr(self, key)))
+        for values in {values for _, values in (*self.steps, *self.layers)}:
+            self._changed(values)  # a wrong key or value must not wait for its step
         store(self, "key", repr(self))  # the name of this object for the operator: a constant while torch compiles
 
     @property
@@ -227,6 +241,32 @@ class PSAPreset:
         """Order of the video tokens: `raster`, `gilbert`, `tiles` or `boxes`."""
         return self.rearrange_method.lower() if self.use_rearrange else "raster"
 
+    def at(
+        self, step: int = 0, num_steps: int | None = None, layer: int = 0, num_layers: int | None = None
+    ) -> PSAPreset:
+        """Return the settings of one layer in one denoising step; `steps` wins over `layers`.
+
+        Args:
+            step: Denoising step, from 0.
+            num_steps: Steps of the run; None if unknown. Then shares and negative indices match nothing.
+            layer: Layer, from 0.
+            num_layers: Layers of the denoiser, likewise.
+        """
+        if not (self.steps or self.layers or self.dense_layers):
+            return self
+        changes = [values for where, values in self.layers if in_ranges(where, layer, num_layers)]
+        if self.dense_layers and in_ranges(self.dense_layers, layer, num_layers):
+            changes.append('{"type": "dense"}')
+        changes += [values for where, values in self.steps if in_ranges(where, step, num_steps)]
+        return self._changed(*changes)
+
+    @lru_cache(maxsize=4096)  # noqa: B019 - presets are few, small and hashable
+    def _changed(self, *changes: str) -> PSAPreset:
+        plain = replace(self, steps=None, layers=None, dense_layers=None)
+        for values in changes:
+            plain = plain.replace(**json.loads(values))
+        return plain
+
     def replace(self, **overrides: Any) -> PSAPreset:
         """Return a copy with some fields changed, checked again.
 
@@ -249,6 +289,8 @@ class PSAPreset:
         for factor, end in self.levels:
             intervals[factor] = [start, end]
             start = end
+        for key in ("steps", "layers"):
+            values[key] = {where: json.loads(changes) for where, changes in getattr(self, key)} or None
         return {**values, "mask_ratios": intervals, "tile_size": list(self.tile_size)}
 
 
@@ -283,6 +325,8 @@ class _SectionValues:
 _PARTS = (BlockSize, SimThresholds)
 _FIELDS = frozenset(spec.name for spec in fields(PSAPreset))
 _PRESET_KEYS = _FIELDS - {"name", "model"}  # these two are the place in the file
+# keys of a whole run: they cannot differ between steps or layers
+_ONCE = frozenset({"steps", "layers", "dense_layers", "warmup_steps", "dense_last_steps", "refresh_every"})
 _SECTION_KEYS = frozenset(spec.name for spec in fields(_SectionValues)) | {"attention_configs"}
 _CONFIG_FILE = "attention_config.yaml"
 
@@ -507,6 +551,24 @@ def _as_interval(factor: int | str, interval: Sequence[float]) -> tuple[float, f
             f"mask_ratios: factor {factor} needs [start, end] with 0 <= start <= end <= 1, got {interval!r}"
         )
     return float(interval[0]), float(interval[1])
+
+
+def _as_exceptions(key: str, given: Any) -> tuple[tuple[str, str], ...]:
+    """Range and changed keys as JSON, pair by pair: hashable, and in the order of the file."""
+    if given is None:
+        return ()
+    pairs = given.items() if isinstance(given, Mapping) else given
+    stored = []
+    for where, values in pairs:
+        values = json.loads(values) if isinstance(values, str) else values
+        if not isinstance(values, Mapping):
+            raise ValueError(f"{key}: range {where!r} must map to the keys that differ there, got {values!r}")
+        try:
+            _reject_unknown_keys(values, f"range {where!r}", _PRESET_KEYS - _ONCE)
+            stored.append((check_ranges(where), json.dumps(values)))
+        except ValueError as error:
+            raise ValueError(f"{key}: {error}") from error
+    return tuple(stored)
 
 
 def _as_part(part: type, value: Any, key: str) -> Any:

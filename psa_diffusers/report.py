@@ -88,10 +88,8 @@ class PSAReport:
             sparse = [record["density"] for record in records if record["kind"] == "sparse"]
             steps = len({record["step"] for record in records})
             layers = len({record["layer"] for record in records})
-            lines.append(
-                f"{denoiser}: {calls} in {_plural(steps, 'step')} and {_plural(layers, 'layer')}: {len(sparse)} sparse, "
-                f"{len(records) - len(sparse)} dense"
-            )
+            kinds = f"{len(sparse)} sparse, {len(records) - len(sparse)} dense"
+            lines.append(f"{denoiser}: {calls} in {_plural(steps, 'step')} and {_plural(layers, 'layer')}: {kinds}")
             overall = _mean(record["density"] for record in records)
             if sparse:
                 lines.append(f"  density {_mean(sparse):.3f} where sparse, {overall:.3f} over all calls")

@@ -54,7 +54,7 @@ def attend(
             HEAD_DIM=dim, D_PAD=padded(dim), BLOCK_M=layout.block_m, BLOCK_N=layout.block_n,
             ROWS=launch.rows, PARTS=parts, TILE_N=launch.tile_n,
             # rows of C a step, so that they fill at most 32 KiB of shared memory
-            TILT_STEP=min(padded(dim), max(16, 2**15 // (padded(dim) * q.element_size()))),
+            TILT_STEP=min(padded(dim), 32),
             KEY_VARIANCE=pyramid.variance is not None, VALUE_TILT=pyramid.covariance is not None,
             num_warps=launch.num_warps, num_stages=launch.num_stages, enable_fp_fusion=True,
         )  # fmt: skip
@@ -198,7 +198,7 @@ def _times_covariance(
     o_d = tl.arange(0, D_PAD)
     o_e = tl.arange(0, STEP)
     product = tl.zeros([ROWS, D_PAD], tl.float32)
-    for start in tl.static_range(0, D_PAD, STEP):
+    for start in range(0, D_PAD, STEP):
         channel = start + o_e
         b_q = tl.load(
             q_ptr + rows.to(tl.int64)[:, None] * stride + channel[None, :],
