@@ -76,6 +76,8 @@ def test_fusing_gives_the_same_to_rounding_and_can_be_undone(name, tmp_path):
     pipe.unload_lora_weights()
 
 
+# peft announces a second adapter
+@pytest.mark.filterwarnings("ignore:Already found a `peft_config`:UserWarning")
 def test_a_folder_and_a_name_in_it_are_found(tmp_path):
     lora_file(tmp_path, "cogvideox").rename(tmp_path / "four_steps.safetensors")
     pipe = CASES["cogvideox"].build()
