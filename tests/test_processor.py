@@ -12,7 +12,7 @@ from watch import Watch, expected_steps
 
 from psa_diffusers.models.processor import FamilyProcessor, PSAProcessor
 from psa_diffusers.pipeline import disable_psa, enable_psa
-from psa_diffusers.preset import PSAPreset
+from psa_diffusers.preset import PSAPreset, load_preset
 from psa_diffusers.report import psa_report
 
 CHOICE = {"block_size": TINY_BLOCKS, "warmup_steps": 1}

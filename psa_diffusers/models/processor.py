@@ -317,6 +317,7 @@ class PSAProcessor:
         rotary = rotary_emb if image_rotary_emb is None else image_rotary_emb
         return processor(attn, hidden_states, encoder_hidden_states, attention_mask, rotary)
 
+    @torch.compiler.disable  # once a denoiser; it walks the Python stack
     def _bind(self, attn: nn.Module) -> Any:
         """Make the processors of the denoiser that is running, and listen to its forwards from now on."""
         denoiser, args, kwargs = _running_denoiser(attn)
