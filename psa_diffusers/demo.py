@@ -126,26 +126,41 @@ def _transformer() -> nn.Module:
         max_text_seq_length=TEXT_TOKENS,
         use_rotary_positional_embeddings=True,
     ).eval()
-    # the noise comes in quietly, so that what attention gathers decides the output
-    model.patch_embed.proj.weight.mul_(0.1)
+    model.patch_embed.proj.weight.mul_(0.3)
     for block in model.transformer_blocks:
         attention = block.attn1
         # a direction that all queries and keys share makes the rotary embedding a preference for near tokens
-        shared = nn.functional.normalize(torch.randn(HEAD_DIM), dim=0) * math.sqrt(PEAK * math.sqrt(HEAD_DIM))
+        shared = _local_direction() * math.sqrt(PEAK * math.sqrt(HEAD_DIM))
         for norm in (attention.norm_q, attention.norm_k):
-            norm.weight.mul_(0.6)
+            norm.weight.mul_(0.5)
             norm.bias.copy_(shared)
         for linear in (attention.to_v, attention.to_out[0]):
             nn.init.orthogonal_(linear.weight)
         width = attention.to_q.in_features
-        for norm in (block.norm1, block.norm2):  # gates of video and text around one instead of zero
+        for norm in (block.norm1, block.norm2):
+            # chunks: shift, scale, gate of video, the same of text. Nothing that all tokens have in common is added to
+            # the video, and gates stand around one instead of zero
+            norm.linear.weight[:width], norm.linear.bias[:width] = 0, 0
             norm.linear.bias[2 * width : 3 * width].add_(1.0)
             norm.linear.bias[5 * width :].add_(1.0)
+        for linear in (attention.to_v, attention.to_out[0], block.ff.net[0].proj, block.ff.net[2]):
+            linear.bias.zero_()
     # one value for the four latents of a patch: no pattern of the size of a patch
     per_channel = torch.randn(LATENT_CHANNELS, model.proj_out.in_features) / math.sqrt(model.proj_out.in_features)
     model.proj_out.weight.copy_(per_channel.repeat_interleave(4, dim=0))
     model.proj_out.bias.zero_()
     return model
+
+
+def _local_direction() -> torch.Tensor:
+    """A unit vector on the quick pairs of the rotary embedding: its product with itself falls off within a few tokens."""
+    direction = torch.randn(HEAD_DIM)
+    start = 0
+    for size in (HEAD_DIM // 4, HEAD_DIM // 8 * 3, HEAD_DIM // 8 * 3):  # frames, rows, columns
+        pair = torch.arange(start, start + size) // 2 - start // 2
+        direction[start : start + size] *= 10000 ** (-2 * pair / size) > 0.09
+        start += size
+    return nn.functional.normalize(direction, dim=0)
 
 
 def _vae() -> nn.Module:

@@ -232,12 +232,14 @@ def test_an_attention_of_no_known_denoiser_gets_the_remedy():
         attention(torch.ones(1, 8, 32))
 
 
-def test_compiled_code_gets_the_remedy():
+def test_a_compiled_denoiser_is_found_as_well():
     denoiser = tiny.wan_transformer()
-    denoiser.set_attn_processor(PSAProcessor())
+    denoiser.set_attn_processor(PSAProcessor(load_preset("default", **CHOICE)))
+    inputs = (torch.ones(1, 16, 3, 12, 14), torch.tensor([1.0]), torch.ones(1, 8, 32))
+    eager = denoiser(*inputs)
+    denoiser.set_attn_processor(PSAProcessor(load_preset("default", **CHOICE)))
     compiled = torch.compile(denoiser, backend="eager")
-    with pytest.raises(Exception, match=r"enable_psa\(pipe\)"):
-        compiled(torch.ones(1, 16, 3, 12, 14), torch.tensor([1.0]), torch.ones(1, 8, 32))
+    assert torch.equal(compiled(*inputs).sample, eager.sample)
     torch._dynamo.reset()
 
 

@@ -1,0 +1,64 @@
+"""Every launch that a sparse attention makes, compiled ahead of time for chips that are not there."""
+
+import os
+
+import pytest
+import torch
+from ahead import record_launches, resources
+from triton.backends.compiler import GPUTarget
+
+from psa_diffusers import PSAPreset
+from psa_diffusers.layout import make_layout
+
+pytestmark = pytest.mark.skipif(
+    os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter compiles nothing; this runs in a process of its own"
+)
+
+# compute capability: class of chip in the tuning table, KiB of shared memory that a program may have
+CHIPS = {80: ("large", 163), 89: ("small", 99), 90: ("large", 227), 100: ("large", 227), 120: ("small", 99)}
+COVER = {1: [0, 0.06], 2: [0.06, 0.1], 4: [0.1, 0.2], 8: [0.2, 0.3], 16: [0.3, 0.4], 32: [0.4, 0.7], 128: [0.7, 1]}
+
+
+def all_launches(monkeypatch, head_dim, chip):
+    """The launches of a run with every option on, and of one with every option off."""
+    from psa_diffusers import kernels
+    from psa_diffusers.kernels import tuning
+
+    monkeypatch.setattr(tuning, "chip_class", lambda device: chip)
+    q, k, v = (torch.zeros(1, 226 + 13 * 30 * 45, 2, head_dim, dtype=torch.bfloat16).transpose(1, 2) for _ in range(3))
+
+    def run(importance, mode, terms):
+        preset = PSAPreset(mask_ratios=COVER)
+        layout = make_layout((13, 30, 45), 226, True, 128, 128, "gilbert", (2, 8, 8), q.device)
+        pyramid = kernels.build_pyramid(k, v, layout, preset.factors, key_variance=terms, value_tilt=terms)
+        scores = kernels.block_importance(q, k, layout, importance, 0.1)
+        cap = kernels.key_cosine_cap(k, layout, ((2, 0.7), (4, 0.65), (8, 0.6))) if terms else None
+        levels = kernels.assign_block_levels(scores, layout, preset.levels, mode, cap=cap, finite=pyramid.finite)
+        schedule = kernels.make_schedule(levels, preset.factors, 128)
+        kernels.attend(q, k, v, pyramid, schedule, layout, scale=0.1, variance_cap=4.0)
+
+    def both():
+        run("pooled_mass", "topk", True)
+        run("sampled_max", "thresholdbound", False)
+
+    return record_launches(monkeypatch, both)
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("capability", CHIPS)
+def test_every_kernel_compiles_fits_and_spills_nothing(capability, head_dim, monkeypatch, tmp_path):
+    chip, kibibytes = CHIPS[capability]
+    launches = all_launches(monkeypatch, head_dim, chip)
+    assert len({launch.name for launch in launches}) >= 6, "one kernel a stage at least"
+    for launch in launches:
+        compiled = launch.compile(GPUTarget("cuda", capability, 32))
+        assert compiled.metadata.shared <= kibibytes * 1024, f"{launch.name}: {compiled.metadata.shared} bytes shared"
+        used = resources(compiled, tmp_path)
+        assert used["stack"] == 0, f"{launch.name} spills: {used}"
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_every_kernel_compiles_for_amd(head_dim, monkeypatch):
+    for launch in all_launches(monkeypatch, head_dim, "hip"):
+        compiled = launch.compile(GPUTarget("hip", "gfx942", 64))
+        assert compiled.metadata.shared <= 64 * 1024, f"{launch.name}: {compiled.metadata.shared} bytes shared"

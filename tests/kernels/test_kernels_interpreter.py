@@ -1,0 +1,237 @@
+"""Every Triton kernel in Triton's interpreter, against the float64 oracle and the torch stages. Needs TRITON_INTERPRET=1.
+
+bfloat16 is left to a GPU: the interpreter computes noise in it.
+"""
+
+import oracle
+import pytest
+import torch
+from budget import assert_within_budget
+
+from psa_diffusers import PSAPreset, psa_attention, pyramid_attention, stages
+from psa_diffusers.layout import flat_layout, make_layout
+from psa_diffusers.orders import video_order
+
+pytestmark = pytest.mark.interpreter
+
+ALL = (0, 1, 2, 4, 8, 16, 32, 64, 128)
+CPU = torch.device("cpu")
+
+CASES = [
+    #             B  H  L     D    m    n    factors            terms           dtype
+    pytest.param(1, 1, 1, 16, 32, 32, (1, 2, 32), (True, True), torch.float32, id="one-token"),
+    pytest.param(1, 2, 63, 16, 32, 32, ALL[:7], (False, False), torch.float32, id="63-plain"),
+    pytest.param(1, 2, 63, 16, 32, 32, ALL[:7], (True, False), torch.float16, id="63-key-variance-half"),
+    pytest.param(2, 1, 97, 24, 32, 64, ALL[:8], (False, True), torch.float32, id="97-value-tilt-head-24"),
+    pytest.param(1, 1, 97, 64, 64, 32, ALL[:7], (True, True), torch.float16, id="97-both-half"),
+    pytest.param(1, 2, 130, 16, 64, 32, (0, 1, 4, 32), (True, True), torch.float32, id="130-empty-factors"),
+    pytest.param(1, 1, 130, 96, 32, 128, ALL, (True, True), torch.float32, id="130-head-96-all-factors"),
+    pytest.param(1, 1, 130, 128, 128, 64, ALL[:8], (False, True), torch.float16, id="130-head-128-half"),
+    pytest.param(1, 1, 416, 16, 128, 128, (128,), (True, True), torch.float32, id="416-coarsest-only"),
+    pytest.param(1, 1, 416, 64, 128, 64, (1, 8, 64), (True, False), torch.float32, id="416-three-factors"),
+    pytest.param(1, 1, 416, 16, 64, 64, (1,), (True, True), torch.float32, id="416-dense"),
+    pytest.param(1, 1, 1000, 16, 128, 128, ALL, (True, True), torch.float32, id="1000-all-factors"),
+    pytest.param(1, 1, 1000, 32, 64, 128, ALL, (False, False), torch.float16, id="1000-all-factors-half"),
+]
+
+
+def random_qkv(rng, *shape, dtype=torch.float32):
+    return tuple(torch.randn(*shape, generator=rng).to(dtype) for _ in range(3))
+
+
+def random_map(rng, shape, factors):
+    return torch.tensor(factors, dtype=torch.int16)[torch.randint(0, len(factors), shape, generator=rng)]
+
+
+def check(q, k, v, **case):
+    truth = oracle.oracle_attention(q, k, v, **case)
+    rounded = pyramid_attention(q, k, v, backend="torch", **case)
+    actual = pyramid_attention(q, k, v, backend="triton", **case)
+    assert_within_budget(actual, truth, rounded)
+    return actual
+
+
+@pytest.mark.parametrize(("B", "H", "L", "D", "m", "n", "factors", "terms", "dtype"), CASES)
+def test_attention_is_the_definition(B, H, L, D, m, n, factors, terms, dtype, rng):
+    q, k, v = random_qkv(rng, B, H, L, D, dtype=dtype)
+    level_map = random_map(rng, (B, H, -(-L // m), -(-L // n)), factors)
+    check(q, k, v, level_map=level_map, block_m=m, block_n=n, key_variance=terms[0], value_tilt=terms[1])
+
+
+@pytest.mark.parametrize("n", [32, 64, 128])
+@pytest.mark.parametrize("factor", ALL[1:])
+def test_every_factor_of_every_block_size(factor, n, rng):
+    if factor > n:
+        factor = n
+    q, k, v = random_qkv(rng, 1, 1, 2 * n + 5, 16)
+    level_map = torch.full((1, 1, -(-(2 * n + 5) // 64), 3), factor, dtype=torch.int16)
+    check(q, k, v, level_map=level_map, block_m=64, block_n=n, key_variance=True, value_tilt=True)
+
+
+def test_rows_that_keep_one_block_or_none(rng):
+    q, k, v = random_qkv(rng, 1, 1, 200, 16)
+    level_map = torch.zeros(1, 1, 4, 4, dtype=torch.int16)
+    level_map[0, 0, 1, 2], level_map[0, 0, 2, 3] = 1, 8
+    out = check(q, k, v, level_map=level_map, block_m=64, block_n=64, key_variance=True, value_tilt=True)
+    assert (out[:, :, :64] == 0).all()
+
+
+def test_zero_query_gives_the_plain_mean_of_v(rng):
+    q, k, v = random_qkv(rng, 1, 2, 97, 16)
+    level_map = random_map(rng, (1, 2, 2, 4), ALL[1:7])
+    out = pyramid_attention(q * 0, k, v, level_map, block_m=64, block_n=32, backend="triton")
+    torch.testing.assert_close(out, v.mean(2, keepdim=True).expand_as(v))
+
+
+def test_a_skipped_block_changes_no_bit(rng):
+    q, k, v = random_qkv(rng, 1, 1, 130, 16)
+    level_map = random_map(rng, (1, 1, 3, 5), ALL[1:7])
+    level_map[..., 2] = 0
+    broken = [x.clone() for x in (k, v)]
+    broken[0][:, :, 64:96], broken[1][:, :, 64:96] = torch.nan, torch.inf
+    case = {"level_map": level_map, "block_m": 64, "block_n": 32, "key_variance": True, "backend": "triton"}
+    assert torch.equal(pyramid_attention(q, k, v, **case), pyramid_attention(q, *broken, **case))
+
+
+def test_views_are_read_in_place(rng):
+    views = [torch.randn(2, 97, 3, 40, generator=rng)[..., 8:24].transpose(1, 2) for _ in range(3)]
+    level_map = random_map(rng, (2, 3, 4, 4), (0, 1, 4))
+    case = {"level_map": level_map, "block_m": 32, "block_n": 32, "value_tilt": True, "backend": "triton"}
+    assert torch.equal(pyramid_attention(*views, **case), pyramid_attention(*(x.contiguous() for x in views), **case))
+
+
+@pytest.mark.parametrize(
+    ("text_tokens", "text_first", "order", "importance", "mode", "sim"),
+    [
+        (0, True, "Gilbert", "pooled_mass", "topk", False),
+        (17, True, "boxes", "sampled_max", "thresholdbound", False),
+        (17, False, "tiles", "pooled_mass", "thresholdbound", True),
+        (226, True, "Gilbert", "sampled_max", "topk", True),
+        (226, False, "Gilbert", "pooled_mass", "topk", False),
+    ],
+)
+def test_the_whole_flow_reads_what_its_schedule_says(text_tokens, text_first, order, importance, mode, sim, rng):
+    preset = PSAPreset(
+        rearrange_method=order,
+        block_size={"m": 32, "n": 16, "tile_n": 16},
+        mask_ratios={1: [0, 0.2], 2: [0.2, 0.4], 8: [0.4, 0.7], 0: [0.7, 1]},
+        mask_mode=mode,
+        importance=importance,
+        use_sim_mask=sim,
+        key_variance=True,
+        value_tilt=True,
+        tile_size=(2, 2, 3),
+    )
+    q, k, v = random_qkv(rng, 1, 2, 105 + text_tokens, 16)
+    where = {"grid": (3, 5, 7), "text_tokens": text_tokens, "text_first": text_first, "return_schedule": True}
+    out, schedule = psa_attention(q, k, v, preset, backend="triton", **where)
+    plain, expected = psa_attention(q, k, v, preset, backend="torch", **where)
+    assert torch.equal(schedule.to_level_map(), expected.to_level_map())
+    video = video_order((3, 5, 7), order.lower(), (2, 2, 3)) + (text_tokens if text_first else 0)
+    text = torch.arange(text_tokens) + (0 if text_first else 105)
+    case = {"level_map": schedule.to_level_map(), "block_m": 32, "block_n": 16, "key_variance": True, "value_tilt": True}
+    truth = oracle.oracle_attention(q, k, v, order=torch.cat([video, text]), segments=[105, text_tokens], **case)
+    assert_within_budget(out, truth, plain)
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy, in the interpreter, announces NaN and inf
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("name", ["q", "k", "v"])
+def test_broken_numbers_come_out_where_dense_attention_has_them(name, value, rng):
+    tensors = dict(zip("qkv", random_qkv(rng, 1, 2, 96, 16), strict=True))
+    tensors[name][0, 1, 50, 3] = value
+    preset = PSAPreset(
+        block_size={"m": 16, "n": 16}, mask_ratios={1: [0, 0.2], 4: [0.2, 1]}, key_variance=True, value_tilt=True
+    )
+    out = psa_attention(**tensors, preset=preset, grid=(4, 4, 6), backend="triton")
+    dense = torch.nn.functional.scaled_dot_product_attention(*(tensors[n].double() for n in "qkv"))
+    assert torch.equal(out.isnan(), dense.isnan())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_pyramid_is_that_of_the_stage(dtype, rng):
+    from psa_diffusers import kernels
+
+    _, k, v = random_qkv(rng, 1, 2, 150, 24, dtype=dtype)
+    layout = make_layout((2, 7, 10), 10, True, 32, 64, "gilbert", (2, 8, 8), CPU)
+    ours, theirs = (
+        column.build_pyramid(k, v, layout, (1, 2, 8, 64), key_variance=True, value_tilt=True) for column in (kernels, stages)
+    )
+    assert ours.bases == theirs.bases
+    real = torch.isfinite(theirs.log_counts)
+    torch.testing.assert_close(ours.log_counts[real], theirs.log_counts[real])
+    assert (ours.log_counts[~real] == -torch.inf).all()
+    for name in ("keys", "values", "variance"):
+        torch.testing.assert_close(getattr(ours, name)[:, :, real], getattr(theirs, name)[:, :, real])
+    # the kernel's products take factors of the dtype of k and v
+    precision = 8 * torch.finfo(dtype).eps
+    torch.testing.assert_close(ours.covariance, theirs.covariance, rtol=precision, atol=precision)
+    assert torch.equal(ours.finite, theirs.finite)
+
+
+@pytest.mark.parametrize("method", ["pooled_mass", "sampled_max"])
+@pytest.mark.parametrize(("m", "n"), [(32, 32), (64, 16), (16, 128)])
+def test_importance_is_the_definition(method, m, n, rng):
+    from psa_diffusers import kernels
+
+    q, k, _ = random_qkv(rng, 1, 2, 150, 16)
+    layout = make_layout((2, 7, 10), 10, True, m, n, "raster", (1, 1, 1), CPU)
+    truth = oracle.oracle_importance(
+        q, k, method, m, n, order=[*range(10, 150), *range(10)], segments=[140, 10]
+    )
+    actual = kernels.block_importance(q, k, layout, method, 0.25)
+    torch.testing.assert_close(actual.double(), truth, rtol=1e-5, atol=1e-6)  # a few roundings of float32
+
+
+@pytest.mark.parametrize("mode", ["topk", "thresholdbound"])
+@pytest.mark.parametrize("capped", [False, True])
+@pytest.mark.parametrize("N", [1, 7, 40])
+def test_levels_are_those_of_the_stage(N, capped, mode, rng):
+    from psa_diffusers import kernels
+
+    layout = flat_layout(16 * N, 128, 16, CPU)
+    M = layout.num_query_blocks
+    # multiples of 1/64 add up exactly, so that bounds are crossed at the same block in any arithmetic; many ties
+    importance = torch.randint(0, 5, (1, 2, M, N), generator=rng) / 64 + (torch.arange(N) == N // 2) / 64
+    importance[0, 1, 0, 0] = torch.nan
+    cap = torch.tensor([1, 2, 8], dtype=torch.int16)[torch.randint(0, 3, (1, 2, N), generator=rng)] if capped else None
+    finite = torch.tensor([[True, True]])
+    for levels in (((1, 0.1), (2, 0.3), (8, 0.6), (0, 1.0)), ((1, 0.25), (4, 1.0)), ((8, 0.5), (0, 1.0)), ((1, 1.0),)):
+        ours, theirs = (
+            column.assign_block_levels(importance, layout, levels, mode, min_full_ratio=0.06, cap=cap, finite=finite)
+            for column in (kernels, stages)
+        )
+        assert torch.equal(ours, theirs)
+
+
+def test_a_head_that_is_not_finite_reads_everything(rng):
+    from psa_diffusers import kernels
+
+    layout = flat_layout(160, 32, 16, CPU)
+    importance = torch.rand(1, 2, 5, 10, generator=rng)
+    levels = ((1, 0.1), (0, 1.0))
+    level_map = kernels.assign_block_levels(importance, layout, levels, "topk", finite=torch.tensor([[True, False]]))
+    assert (level_map[0, 1] == 1).all()
+    assert (level_map[0, 0] == 0).any()
+
+
+@pytest.mark.parametrize("L", [64, 97])
+def test_cosine_cap_is_the_definition(L, rng):
+    from psa_diffusers import kernels
+
+    runs = [torch.randn(1, 2, 16 // run, 16, generator=rng).repeat_interleave(run, 2) for run in (1, 2, 4, 8, 16, 2, 4)]
+    k = torch.cat(runs, 2)[:, :, :L] + 0.1 * torch.randn(1, 2, L, 16, generator=rng)
+    thresholds = ((2, 0.7), (4, 0.65), (8, 0.6))
+    actual = kernels.key_cosine_cap(k, flat_layout(L, 16, 16, CPU), thresholds)
+    assert torch.equal(actual.long(), oracle.oracle_cosine_cap(k, 16, thresholds))
+
+
+def test_schedule_is_that_of_the_stage(rng):
+    from psa_diffusers import kernels
+
+    level_map = random_map(rng, (2, 2, 5, 9), (0, 1, 4, 8))
+    ours, theirs = (column.make_schedule(level_map, (1, 4, 8), 16) for column in (kernels, stages))
+    assert torch.equal(ours.offsets, theirs.offsets)
+    kept = torch.arange(9) < ours.offsets[..., -1:]
+    assert torch.equal(torch.where(kept, ours.block_ids, 0), torch.where(kept, theirs.block_ids, 0))
+    assert torch.equal(ours.to_level_map(), level_map)
