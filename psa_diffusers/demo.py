@@ -2,7 +2,8 @@
 
 Its weights are random for now; a folder of trained ones takes their place without a change of code. Random weights make
 no pictures, but their distribution is chosen so that the model behaves like one where it matters for attention: a token
-attends to its neighbours in space and time and to what resembles it, so the softmax is peaked, as in trained models.
+attends to its neighbours in space and time and to what resembles it, so the softmax is peaked, as in trained models, and
+what grows out of the noise are coloured patches that move.
 """
 
 from __future__ import annotations
@@ -24,11 +25,13 @@ TRAINED_WEIGHTS = Path(__file__).parent / "weights" / "demo"
 """Where trained weights of the demo model stand once there are some: a folder as `save_pretrained` writes it."""
 
 TEXT_TOKENS = 64
-HEADS, HEAD_DIM, LAYERS = 2, 64, 6
+HEADS, HEAD_DIM, LAYERS = 2, 64, 4
 LATENT_CHANNELS = 8
-WIDTH, HEIGHT, FRAMES = 320, 192, 49
-PEAK = 12.0
-"""Logit of a token that attends to itself; tokens some steps away get a few units less."""
+WIDTH, HEIGHT, FRAMES = 256, 160, 49
+BANDS = ((0.2, 0.5), (0.03, 0.12))
+"""Radians a token by which the rotary embedding turns what the heads look for: how near the narrow, the wide head looks."""
+PEAK = 20.0
+"""Largest logit, that of a token which attends to itself."""
 
 
 def has_trained_weights(folder: str | Path | None = None) -> bool:
@@ -47,13 +50,15 @@ def build_demo_pipeline(folder: str | Path | None = None, *, seed: int = 0) -> C
 
     Returns:
         The pipeline, float32, on the CPU. A token covers 8 x 8 pixels and 4 frames, so the default video of
-        49 x 192 x 320 makes 13 x 24 x 40 = 12,480 video tokens.
+        49 x 160 x 256 makes 13 x 20 x 32 = 8,320 video tokens.
 
     Raises:
         FileNotFoundError: If `folder` holds no pipeline.
     """
     if folder is not None and not has_trained_weights(folder):
-        raise FileNotFoundError(f"no pipeline in {folder}: expected a folder with model_index.json, as save_pretrained writes it")
+        raise FileNotFoundError(
+            f"no pipeline in {folder}: expected a folder that save_pretrained wrote, with model_index.json"
+        )
     from diffusers import CogVideoXDDIMScheduler, CogVideoXPipeline
 
     if has_trained_weights(folder):
@@ -126,25 +131,13 @@ def _transformer() -> nn.Module:
         max_text_seq_length=TEXT_TOKENS,
         use_rotary_positional_embeddings=True,
     ).eval()
-    model.patch_embed.proj.weight.mul_(0.3)
+    # the noise comes in quietly, so that what attention gathers decides the output
+    model.patch_embed.proj.weight.mul_(0.1)
+    model.patch_embed.proj.bias.zero_()
     for block in model.transformer_blocks:
-        attention = block.attn1
-        # a direction that all queries and keys share makes the rotary embedding a preference for near tokens
-        shared = _local_direction() * math.sqrt(PEAK * math.sqrt(HEAD_DIM))
-        for norm in (attention.norm_q, attention.norm_k):
-            norm.weight.mul_(0.5)
-            norm.bias.copy_(shared)
-        for linear in (attention.to_v, attention.to_out[0]):
-            nn.init.orthogonal_(linear.weight)
-        width = attention.to_q.in_features
-        for norm in (block.norm1, block.norm2):
-            # chunks: shift, scale, gate of video, the same of text. Nothing that all tokens have in common is added to
-            # the video, and gates stand around one instead of zero
-            norm.linear.weight[:width], norm.linear.bias[:width] = 0, 0
-            norm.linear.bias[2 * width : 3 * width].add_(1.0)
-            norm.linear.bias[5 * width :].add_(1.0)
-        for linear in (attention.to_v, attention.to_out[0], block.ff.net[0].proj, block.ff.net[2]):
-            linear.bias.zero_()
+        _make_centre_surround(block)
+    # no shift that all tokens share
+    model.norm_out.linear.weight[: HEADS * HEAD_DIM], model.norm_out.linear.bias[: HEADS * HEAD_DIM] = 0, 0
     # one value for the four latents of a patch: no pattern of the size of a patch
     per_channel = torch.randn(LATENT_CHANNELS, model.proj_out.in_features) / math.sqrt(model.proj_out.in_features)
     model.proj_out.weight.copy_(per_channel.repeat_interleave(4, dim=0))
@@ -152,15 +145,50 @@ def _transformer() -> nn.Module:
     return model
 
 
-def _local_direction() -> torch.Tensor:
-    """A unit vector on the quick pairs of the rotary embedding: its product with itself falls off within a few tokens."""
-    direction = torch.randn(HEAD_DIM)
-    start = 0
-    for size in (HEAD_DIM // 4, HEAD_DIM // 8 * 3, HEAD_DIM // 8 * 3):  # frames, rows, columns
-        pair = torch.arange(start, start + size) // 2 - start // 2
-        direction[start : start + size] *= 10000 ** (-2 * pair / size) > 0.09
-        start += size
-    return nn.functional.normalize(direction, dim=0)
+def _make_centre_surround(block: nn.Module) -> None:
+    """Let a narrow head add what is near and a wide head take away what surrounds it: patterns instead of grey.
+
+    All queries and keys of a head share a direction, which the rotary embedding turns into a preference for near
+    tokens: on quick pairs of channels it falls off within a token or two, on slow pairs within ten.
+    """
+    attention = block.attn1
+    width = HEADS * HEAD_DIM
+    for linear in (attention.to_q, attention.to_k):
+        linear.weight.copy_(torch.randn(width, width) * 0.3 / math.sqrt(width))
+    for norm in (attention.norm_q, attention.norm_k):
+        norm.weight.fill_(math.sqrt(PEAK / math.sqrt(HEAD_DIM)))
+        norm.bias.zero_()
+    for head, (low, high) in enumerate(BANDS):
+        channels = slice(head * HEAD_DIM, (head + 1) * HEAD_DIM)
+        attention.to_q.bias[channels] = attention.to_k.bias[channels] = _preference(low, high)
+    inward = torch.empty(HEAD_DIM, width)
+    nn.init.orthogonal_(inward)
+    attention.to_v.weight.copy_(torch.cat([inward, inward]))
+    attention.to_out[0].weight.copy_(torch.cat([inward.T, -inward.T], 1))
+    attention.to_v.bias.zero_()
+    attention.to_out[0].bias.zero_()
+    for norm in (block.norm1, block.norm2):
+        # chunks: shift, scale, gate of video, the same of text; gates stand around one instead of zero
+        norm.linear.weight[:width], norm.linear.bias[:width] = 0, 0
+        norm.linear.bias[2 * width : 3 * width].add_(1.0)
+        norm.linear.bias[5 * width :].add_(1.0)
+    block.ff.net[2].weight.mul_(0.5)
+    block.ff.net[2].bias.zero_()
+
+
+def _preference(low: float, high: float) -> torch.Tensor:
+    """Direction ``[HEAD_DIM]`` on the channels that the rotary embedding turns by `low` to `high` radians a token.
+
+    Frames, rows and columns get the same share, so that what is near is round.
+    """
+    parts = []
+    for size in (HEAD_DIM // 4, HEAD_DIM // 8 * 3, HEAD_DIM // 8 * 3):  # as CogVideoX divides a head
+        angle = 10000 ** (-torch.arange(0, size, 2) / size).repeat_interleave(2)
+        chosen = torch.randn(size) * ((angle >= low) & (angle <= high))
+        parts.append(nn.functional.normalize(chosen, dim=0))
+    direction = torch.cat(parts)
+    direction -= direction.mean()
+    return direction * math.sqrt(HEAD_DIM) / direction.norm()
 
 
 def _vae() -> nn.Module:
@@ -186,5 +214,10 @@ def _vae() -> nn.Module:
             kernel = blur[len(module.kernel_size)]
             mix = torch.randn(module.out_channels, module.in_channels) / math.sqrt(module.in_channels)
             module.weight.copy_(mix[(...,) + (None,) * kernel.ndim] * kernel)
-    model.decoder.conv_out.conv.weight.mul_(1.0)
+    # colours around grey that use most of the range [-1, 1]
+    sample = model.decode(torch.randn(1, LATENT_CHANNELS, 3, 6, 8)).sample.transpose(0, 1).flatten(1)
+    out = model.decoder.conv_out.conv
+    gain = 0.5 / sample.std(1)
+    out.weight.mul_(gain[:, None, None, None, None])
+    out.bias.sub_(sample.mean(1)).mul_(gain)
     return model

@@ -145,7 +145,11 @@ WRONG = {
         ValueError,
         "Convert it to the diffusers layout first",
     ),
-    "other-family": (lambda folder: lora_file(folder, "wan2.1"), ValueError, r"transformer\.blocks.* does not exist in it"),
+    "other-family": (
+        lambda folder: lora_file(folder, "wan2.1"),
+        ValueError,
+        r"transformer\.blocks.* does not exist in it",
+    ),
     "other-size": (
         lambda folder: lora_file(folder, "cogvideox", width=48),
         ValueError,

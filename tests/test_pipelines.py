@@ -19,6 +19,7 @@ from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from tiny import CASES, TINY_BLOCKS
 from watch import Watch, expected_steps
 
+from psa_diffusers import attention
 from psa_diffusers.models import cogvideox, wan
 from psa_diffusers.models.registry import families, family_of, find_family, register
 from psa_diffusers.pipeline import disable_psa, enable_psa
@@ -58,6 +59,11 @@ def calls_a_step(name, guidance=True):
     return LAYERS * (CASES[name].passes if guidance else 1)
 
 
+def records(pipe):
+    """What the report would be made of, densities still tensors."""
+    return pipe._psa_switch.run.recorder.entries
+
+
 def captured_inputs(pipe, name, **kwargs):
     """Arguments of every denoiser forward of one call."""
     inputs = []
@@ -94,7 +100,9 @@ def test_disable_gives_back_the_same_objects_and_the_same_video(name):
     assert not torch.equal(sparse, before)
     assert error(sparse, before) < 0.2
     assert all(attention.processor is processor for attention, processor in zip(attentions(pipe), found, strict=True))
-    assert hooks == [len(part._forward_pre_hooks) for part in pipe.components.values() if isinstance(part, torch.nn.Module)]
+    assert hooks == [
+        len(part._forward_pre_hooks) for part in pipe.components.values() if isinstance(part, torch.nn.Module)
+    ]
     assert type(pipe) is cls
     assert pipe.__dict__.keys() == state.keys()
     assert torch.equal(CASES[name].run(pipe), before)
@@ -279,7 +287,7 @@ def test_all_factors_one_equals_dense_to_rounding(name):
     dense = pipe.transformer(**inputs)[0]
     enable(pipe, mask_ratios={1: [0, 1]}, report=True)
     sparse = pipe.transformer(**inputs)[0]
-    assert {entry["kind"] for entry in pipe._psa_switch.run.recorder.entries} == {"sparse"}
+    assert {entry["kind"] for entry in records(pipe)} == {"sparse"}
     disable_psa(pipe)
 
     def widen(value):
@@ -298,7 +306,7 @@ def test_grids_that_divide_by_nothing_run_sparse(name, watch):
     video = CASES[name].run(pipe, grid=(5, 9, 11), steps=2)
     assert torch.isfinite(video).all()
     assert watch.steps() == expected_steps(2, 0, calls_a_step(name))
-    entry = pipe._psa_switch.run.recorder.entries[0]
+    entry = records(pipe)[0]
     assert entry["grid"] == (5, 9, 11)
     assert entry["tokens"] == 5 * 9 * 11 + CASES[name].text
 
@@ -413,7 +421,7 @@ def test_strength_shortens_the_run_not_the_warmup(watch):
 def test_the_second_expert_has_no_warmup_of_its_own(watch):
     pipe = enable(build("wan2.2-a14b"), warmup_steps=1, report=True)
     CASES["wan2.2-a14b"].run(pipe)
-    entries = pipe._psa_switch.run.recorder.entries
+    entries = records(pipe)
     assert {entry["denoiser"] for entry in entries} == {"transformer", "transformer_2"}
     assert {(entry["step"], entry["kind"]) for entry in entries} == {
         (0, "dense"),
@@ -551,7 +559,7 @@ def test_positional_arguments_of_the_denoiser_are_understood(watch):
         names = ("hidden_states", "encoder_hidden_states", "timestep")
         rest = {key: value for key, value in arguments.items() if key not in names}
         pipe.transformer(*(arguments[key] for key in names), **rest)
-    entries = pipe._psa_switch.run.recorder.entries
+    entries = records(pipe)
     assert [(entry["step"], entry["kind"]) for entry in entries] == [(0, "dense")] * 2 + [(1, "sparse")] * 2
 
 
@@ -589,6 +597,32 @@ def test_too_many_warmup_steps_warn_once_a_call(caplog):
     assert "nothing will be sparse" not in caplog.text
 
 
+@one_of_each
+def test_settings_by_layer_and_step_are_followed(name, watch):
+    ratios = {1: [0, 0.5], 2: [0.5, 1]}
+    pipe = enable(
+        build(name),
+        mask_ratios=ratios,
+        mask_mode="topk",
+        use_sim_mask=False,
+        dense_layers="0",
+        steps={"-1": {"mask_ratios": {1: [0, 1]}}, "0": {"type": "dense"}},
+        report=True,
+    )
+    watch.denoisers(pipe)
+    CASES[name].run(pipe, steps=3)
+    calls = calls_a_step(name)
+    assert [dict(step) for step in watch.steps()] == [
+        {"dense": calls},
+        {"dense": calls // 2, "sparse": calls // 2},
+        {"dense": calls // 2, "sparse": calls // 2},
+    ]
+    sparse = [entry for entry in records(pipe) if entry["kind"] == "sparse"]
+    assert all(entry["layer"].startswith(("blocks.1.", "transformer_blocks.1.")) for entry in sparse)
+    assert all((float(entry["density"]) == 1) == (entry["step"] == 2) for entry in sparse)
+    assert {entry["reason"] for entry in records(pipe) if entry["kind"] == "dense"} == {"the preset is dense here"}
+
+
 # what else can come between
 
 
@@ -623,7 +657,7 @@ def test_a_dense_preset_changes_no_bit(watch):
     dense = CASES["cogvideox"].run(pipe)
     enable_psa(pipe, "baseline", report=True)
     assert torch.equal(CASES["cogvideox"].run(pipe), dense)
-    assert {entry["reason"] for entry in pipe._psa_switch.run.recorder.entries} == {"the preset is dense"}
+    assert {entry["reason"] for entry in records(pipe)} == {"the preset is dense"}
 
 
 def self_attention_of(pipe, name):
@@ -649,7 +683,7 @@ def test_an_attention_mask_makes_the_call_dense_and_says_so(name, caplog):
     attention.forward = functools.partial(masked, attention)
     for _ in range(2):
         pipe.transformer(**inputs)
-    reasons = [entry["reason"] for entry in pipe._psa_switch.run.recorder.entries]
+    reasons = [entry["reason"] for entry in records(pipe)]
     assert reasons[0] == "an attention mask is in use"
     assert reasons[1] == ""
     assert caplog.text.count("an attention mask is in use") == 1
@@ -680,16 +714,14 @@ def test_head_dimensions_that_the_attention_cannot_take_run_dense(head_dim, reas
     enable(pipe, report=True)
     video = CASES["wan2.1"].run(pipe)
     assert torch.equal(video, dense) is bool(reason)
-    assert all(reason in entry["reason"] for entry in pipe._psa_switch.run.recorder.entries)
+    assert all(reason in entry["reason"] for entry in records(pipe))
 
 
 def test_float64_runs_dense():
     pipe = build("wan2.1").to(torch.float64)
     enable(pipe, report=True)
     CASES["wan2.1"].run(pipe, steps=1)
-    assert {entry["reason"] for entry in pipe._psa_switch.run.recorder.entries} == {
-        "the dtype torch.float64 is not supported"
-    }
+    assert {entry["reason"] for entry in records(pipe)} == {"the dtype torch.float64 is not supported"}
 
 
 def test_context_parallel_layers_run_dense():
@@ -723,12 +755,13 @@ def test_a_processor_with_weights_is_left_alone(caplog):
 
 @pytest.mark.parametrize("name", ["cogvideox", "wan2.1"])
 @pytest.mark.parametrize("when", ["before", "after", "in-place"])
-def test_a_compiled_denoiser_stays_one_graph(name, when):
+def test_a_compiled_denoiser_stays_one_graph(name, when, monkeypatch):
     torch._dynamo.reset()
     pipe = build(name)
     enable(pipe, warmup_steps=1)
     eager = CASES[name].run(pipe)
     disable_psa(pipe)
+    monkeypatch.setattr(attention, "_PRESETS", {})  # as if nothing had run before compilation
     graphs = []
 
     def backend(graph, inputs):
@@ -768,7 +801,12 @@ def config_of(**kwargs):
         ("CogVideoX", {"num_attention_heads": 4, "num_layers": 3, "patch_size_t": None}, None, "demo"),
         ("Wan", {"num_attention_heads": 12, "num_layers": 30, "in_channels": 16}, None, "Wan2.1_1.3b"),
         ("Wan", {"num_attention_heads": 40, "num_layers": 40, "in_channels": 16}, None, "Wan2.1_14b"),
-        ("Wan", {"num_attention_heads": 40, "num_layers": 40, "in_channels": 36, "image_dim": 1280}, None, "Wan2.1_14b"),
+        (
+            "Wan",
+            {"num_attention_heads": 40, "num_layers": 40, "in_channels": 36, "image_dim": 1280},
+            None,
+            "Wan2.1_14b",
+        ),
         ("Wan", {"num_attention_heads": 40, "num_layers": 40, "in_channels": 36}, None, "Wan2.2_A14B"),
         ("Wan", {"num_attention_heads": 24, "num_layers": 30, "in_channels": 48}, None, "Wan2.2_5B"),
         (

@@ -228,19 +228,41 @@ def test_the_attention_backend_of_the_model_reaches_the_dense_calls():
 def test_an_attention_of_no_known_denoiser_gets_the_remedy():
     attention = tiny.wan_transformer().blocks[0].attn1
     attention.set_processor(PSAProcessor())
-    with pytest.raises(RuntimeError, match=r"Use enable_psa\(pipe\) instead.*WanTransformer3DModel"):
+    with pytest.raises(RuntimeError, match=r"Use enable_psa\(pipe\) instead.*Supported denoisers"):
         attention(torch.ones(1, 8, 32))
 
 
-def test_a_compiled_denoiser_is_found_as_well():
-    denoiser = tiny.wan_transformer()
-    denoiser.set_attn_processor(PSAProcessor(load_preset("default", **CHOICE)))
-    inputs = (torch.ones(1, 16, 3, 12, 14), torch.tensor([1.0]), torch.ones(1, 8, 32))
-    eager = denoiser(*inputs)
-    denoiser.set_attn_processor(PSAProcessor(load_preset("default", **CHOICE)))
-    compiled = torch.compile(denoiser, backend="eager")
-    assert torch.equal(compiled(*inputs).sample, eager.sample)
+INPUTS = (torch.ones(1, 16, 3, 12, 14), torch.tensor([1.0]), torch.ones(1, 8, 32))
+
+
+@pytest.fixture
+def _fresh_compiler():
     torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.mark.usefixtures("_fresh_compiler")
+@pytest.mark.parametrize("was_run", [False, True], ids=["compiled-first", "run-once-before"])
+def test_a_compiled_denoiser_gives_the_same(was_run):
+    preset = load_preset("default", block_size=TINY_BLOCKS)
+    denoiser, reference = tiny.wan_transformer(), tiny.wan_transformer()
+    for each in (denoiser, reference):
+        each.set_attn_processor(PSAProcessor(preset))
+    if was_run:
+        denoiser(*INPUTS)
+    # the search for the denoiser breaks the graph; only afterwards the forward is one graph
+    compiled = torch.compile(denoiser, backend="eager", fullgraph=was_run)
+    assert torch.equal(compiled(*INPUTS).sample, reference(*INPUTS).sample)
+
+
+@pytest.mark.usefixtures("_fresh_compiler")
+def test_a_denoiser_compiled_in_place_gets_the_remedy():
+    denoiser = tiny.wan_transformer()
+    denoiser.set_attn_processor(PSAProcessor())
+    denoiser.compile(backend="eager")
+    with pytest.raises(RuntimeError, match=r"Use enable_psa\(pipe\) instead"):
+        denoiser(*INPUTS)
 
 
 @pytest.mark.parametrize(

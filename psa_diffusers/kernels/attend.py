@@ -40,6 +40,7 @@ def attend(
     parts = max(1, layout.block_m // launch.rows)
     log2e = math.log2(math.e)
     unused = pyramid.log_counts
+    tf32 = q.dtype == torch.float16 and not torch.version.hip
     with on_device(q):
         _attend_kernel[(layout.num_query_blocks * parts, batch * heads)](
             q, k, v, out,
@@ -53,9 +54,9 @@ def attend(
             scale, scale * log2e, 0.5 * scale**2 * log2e, variance_cap * log2e,
             HEAD_DIM=dim, D_PAD=padded(dim), BLOCK_M=layout.block_m, BLOCK_N=layout.block_n,
             ROWS=launch.rows, PARTS=parts, TILE_N=launch.tile_n,
-            # rows of C a step, so that they fill at most 32 KiB of shared memory
-            TILT_STEP=min(padded(dim), 32),
             KEY_VARIANCE=pyramid.variance is not None, VALUE_TILT=pyramid.covariance is not None,
+            TILT_STEP=min(padded(dim), 32), TILT_PRECISION="tf32" if tf32 else "ieee",
+            MAX_FACTORS=max(2, triton.next_power_of_2(len(schedule.factors))),
             num_warps=launch.num_warps, num_stages=launch.num_stages, enable_fp_fusion=True,
         )  # fmt: skip
     return out
@@ -72,8 +73,9 @@ def _attend_kernel(
     H, M, N, num_rows, num_factors, packed_factors,
     scale, qk_scale, norm_scale, bias_cap,       # softmax scale s, s log2(e), s^2/2 log2(e), cap log2(e)
     HEAD_DIM: tl.constexpr, D_PAD: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    ROWS: tl.constexpr, PARTS: tl.constexpr, TILE_N: tl.constexpr, TILT_STEP: tl.constexpr,
+    ROWS: tl.constexpr, PARTS: tl.constexpr, TILE_N: tl.constexpr,
     KEY_VARIANCE: tl.constexpr, VALUE_TILT: tl.constexpr,
+    TILT_STEP: tl.constexpr, TILT_PRECISION: tl.constexpr, MAX_FACTORS: tl.constexpr,
 ):  # fmt: skip
     """ROWS queries of one query block against the block's lists, factor by factor, in one online softmax in base 2.
 
@@ -100,23 +102,29 @@ def _attend_kernel(
     o_t = tl.arange(0, TILE_N)
     o_m = (tl.program_id(0) % PARTS) * ROWS + tl.arange(0, ROWS)
     query_rows = tl.load(query_rows_ptr + o_m, mask=o_m < BLOCK_M, other=-1)
-    b_q = load_rows(q_ptr, query_rows, Q_STRIDES[2], o_d, HEAD_DIM)
+    b_q = load_rows(q_ptr, query_rows, query_rows >= 0, Q_STRIDES[2], o_d, HEAD_DIM, D_PAD)
     spread_scale = 0.0
     if KEY_VARIANCE:
-        spread_scale = norm_scale * _mean_square(q_ptr, query_rows_ptr, Q_STRIDES[2], o_d, HEAD_DIM, BLOCK_M, ROWS, PARTS)
+        norm = _mean_square(q_ptr, query_rows_ptr, Q_STRIDES[2], o_d, HEAD_DIM, D_PAD, BLOCK_M, ROWS, PARTS)
+        spread_scale = norm_scale * norm
 
     b_o = tl.zeros([ROWS, D_PAD], tl.float32)
     b_max = tl.full([ROWS], float("-inf"), tl.float32)
     b_sum = tl.zeros([ROWS], tl.float32)
-    b_before = tl.zeros([ROWS], tl.float32)  # mass of the factors already done
+    b_before = tl.zeros([ROWS], tl.float32)  # b_sum is the mass of the factor at hand, this that of those before it
+    o_f = tl.arange(0, MAX_FACTORS)
+    b_mass = tl.full([ROWS, MAX_FACTORS], float("-inf"), tl.float32)  # log2 of the mass of every factor
 
     num_lanes = tl.load(offsets_ptr + 1) * BLOCK_N
     for t in range(0, num_lanes, TILE_N):
         lane = t + o_t
-        block = tl.load(block_ids_ptr + lane // BLOCK_N, mask=lane < num_lanes, other=0).to(tl.int32)
+        if BLOCK_N % TILE_N == 0:
+            block = tl.load(block_ids_ptr + t // BLOCK_N).to(tl.int32)  # one block holds the whole tile
+        else:
+            block = tl.load(block_ids_ptr + lane // BLOCK_N, mask=lane < num_lanes, other=0).to(tl.int32)
         row = tl.load(key_rows_ptr + block * BLOCK_N + lane % BLOCK_N, mask=lane < num_lanes, other=-1)
-        b_k = load_rows(k_ptr, row, K_STRIDES[2], o_d, HEAD_DIM)
-        b_v = load_rows(v_ptr, row, V_STRIDES[2], o_d, HEAD_DIM)
+        b_k = load_rows(k_ptr, row, row >= 0, K_STRIDES[2], o_d, HEAD_DIM, D_PAD)
+        b_v = load_rows(v_ptr, row, row >= 0, V_STRIDES[2], o_d, HEAD_DIM, D_PAD)
         bias = tl.where(row >= 0, 0.0, float("-inf"))
         b_o, b_max, b_sum, b_before = _fold(b_q, b_k, b_v, bias, b_o, b_max, b_sum, b_before, qk_scale)
 
@@ -132,29 +140,33 @@ def _attend_kernel(
             lane = t + o_t
             # a tile may span several blocks: every lane looks up its own
             slot = (lane << log2_factor) // BLOCK_N
-            block = tl.load(block_ids_ptr + start + slot, mask=lane < num_lanes, other=0).to(tl.int32)
-            row = tl.where(lane < num_lanes, base + block * num_cells + (lane & (num_cells - 1)), -1)
-            b_k = load_rows(keys_ptr, row, HEAD_DIM, o_d, HEAD_DIM)
-            b_v = load_rows(values_ptr, row, HEAD_DIM, o_d, HEAD_DIM)
+            real = lane < num_lanes
+            block = tl.load(block_ids_ptr + start + slot, mask=real, other=0).to(tl.int32)
+            row = base + block * num_cells + (lane & (num_cells - 1))
+            b_k = load_rows(keys_ptr, row, real, HEAD_DIM, o_d, HEAD_DIM, D_PAD)
+            b_v = load_rows(values_ptr, row, real, HEAD_DIM, o_d, HEAD_DIM, D_PAD)
             # log(count), not log(factor): a ragged tail averages fewer real tokens, and an empty cell none
-            bias = tl.load(log_counts_ptr + row, mask=row >= 0, other=float("-inf")) * LOG2E
+            bias = tl.load(log_counts_ptr + row, mask=real, other=float("-inf")) * LOG2E
             if KEY_VARIANCE:
-                spread = tl.load(variance_ptr + row, mask=row >= 0, other=0.0)
+                spread = tl.load(variance_ptr + row, mask=real, other=0.0)
                 spread = tl.where(spread < float("inf"), spread, 0.0)  # false for NaN too
                 bias += tl.minimum(spread_scale * spread, bias_cap)
             b_o, b_max, b_sum, b_before = _fold(b_q, b_k, b_v, bias, b_o, b_max, b_sum, b_before, qk_scale)
         if VALUE_TILT:
-            if num_lanes > 0:
-                tilt = _times_covariance(
-                    q_ptr, query_rows, Q_STRIDES[2], covariance_ptr + f * HEAD_DIM * HEAD_DIM, HEAD_DIM, D_PAD, ROWS, TILT_STEP
-                )
-                # a covariance of NaN counts only for a row that gives the factor weight
-                b_o += tl.where(b_sum[:, None] > 0, (scale * b_sum)[:, None] * tilt, 0.0)
+            b_mass = tl.where(o_f[None, :] == f, (b_max + tl.log2(b_sum))[:, None], b_mass)
         base += N * num_cells
 
     # a row that keeps nothing is 0; 0 / 0 of a row whose weights all vanish stays NaN, as in dense attention
     kept = tl.load(offsets_ptr + num_factors)
-    b_o = b_o / tl.where(kept > 0, b_before + b_sum, 1.0)[:, None]
+    b_sum = tl.where(kept > 0, b_before + b_sum, 1.0)
+    b_o = b_o / b_sum[:, None]
+    if VALUE_TILT:
+        b_total = tl.where(kept > 0, b_max + tl.log2(b_sum), 0.0)
+        b_share = tl.exp2(b_mass - b_total[:, None]) * scale
+        b_o = _add_tilt(
+            b_o, b_share, q_ptr, query_rows, Q_STRIDES[2], covariance_ptr, offsets_ptr, num_factors,
+            HEAD_DIM, D_PAD, TILT_STEP, TILT_PRECISION, MAX_FACTORS,
+        )  # fmt: skip
     o_ptrs = o_ptr + query_rows.to(tl.int64)[:, None] * O_STRIDES[2] + o_d[None, :]
     tl.store(o_ptrs, b_o.to(o_ptr.dtype.element_ty), mask=(query_rows >= 0)[:, None] & (o_d < HEAD_DIM)[None, :])
 
@@ -175,7 +187,7 @@ def _fold(b_q, b_k, b_v, bias, b_o, b_max, b_sum, b_before, qk_scale):
 
 @triton.jit
 def _mean_square(
-    q_ptr, query_rows_ptr, stride, o_d, D: tl.constexpr, BLOCK_M: tl.constexpr, ROWS: tl.constexpr, PARTS: tl.constexpr
+    q_ptr, query_rows_ptr, stride, o_d, D: tl.constexpr, D_PAD: tl.constexpr, BLOCK_M: tl.constexpr, ROWS: tl.constexpr, PARTS: tl.constexpr
 ):
     """Mean of the squared norms over the real queries of the block; a norm that is not finite counts as 0."""
     o_m = tl.arange(0, ROWS)
@@ -183,7 +195,7 @@ def _mean_square(
     number = 0.0
     for part in range(PARTS):
         rows = tl.load(query_rows_ptr + part * ROWS + o_m, mask=o_m < BLOCK_M, other=-1)
-        b_q = load_rows(q_ptr, rows, stride, o_d, D).to(tl.float32)
+        b_q = load_rows(q_ptr, rows, rows >= 0, stride, o_d, D, D_PAD).to(tl.float32)
         norms = tl.sum(b_q * b_q, 1)
         total += tl.sum(tl.where(norms < float("inf"), norms, 0.0))
         number += tl.sum((rows >= 0).to(tl.float32))
@@ -191,28 +203,28 @@ def _mean_square(
 
 
 @triton.jit
-def _times_covariance(
-    q_ptr, rows, stride, covariance_ptr, D: tl.constexpr, D_PAD: tl.constexpr, ROWS: tl.constexpr, STEP: tl.constexpr
-):
-    """q C of one factor, ``[ROWS, D_PAD]``, STEP rows of C at a time."""
+def _add_tilt(
+    b_o, b_share, q_ptr, rows, stride, covariance_ptr, offsets_ptr, num_factors,
+    D: tl.constexpr, D_PAD: tl.constexpr, STEP: tl.constexpr, PRECISION: tl.constexpr, MAX_FACTORS: tl.constexpr,
+):  # fmt: skip
+    """Add sum over the pooled factors f of share_rf q_r C_f, STEP rows of C at a time.
+
+    After the softmax, not in it: a third product inside the loop would force its own layout on the accumulator.
+    """
     o_d = tl.arange(0, D_PAD)
-    o_e = tl.arange(0, STEP)
-    product = tl.zeros([ROWS, D_PAD], tl.float32)
-    for start in range(0, D_PAD, STEP):
-        channel = start + o_e
-        b_q = tl.load(
-            q_ptr + rows.to(tl.int64)[:, None] * stride + channel[None, :],
-            mask=(rows >= 0)[:, None] & (channel < D)[None, :],
-            other=0.0,
-        )
-        b_c = tl.load(
-            covariance_ptr + channel[:, None] * D + o_d[None, :], mask=(channel < D)[:, None] & (o_d < D)[None, :], other=0.0
-        )
-        if b_q.dtype == tl.float16:
-            # to at most 1: a covariance may be larger than float16 reaches
-            size = tl.max(tl.max(tl.abs(b_c), 1), 0)
-            size = tl.where(size > 0, size, 1.0)
-            product += tl.dot(b_q, (b_c / size).to(tl.float16), input_precision="ieee") * size
+    o_f = tl.arange(0, MAX_FACTORS)
+    steps = tl.cdiv(D, STEP)
+    for i in range(steps, num_factors * steps):
+        f = i // steps
+        channel = (i % steps) * STEP + tl.arange(0, STEP)
+        # a covariance of NaN counts only where its factor was read
+        read = tl.load(offsets_ptr + f + 1) > tl.load(offsets_ptr + f)
+        b_q = load_rows(q_ptr, rows, rows >= 0, stride, channel, D, STEP)
+        b_c = load_rows(covariance_ptr + f * D * D, channel, (channel < D) & read, D, o_d, D, D_PAD)
+        weight = tl.sum(tl.where(o_f[None, :] == f, b_share, 0.0), 1)
+        wide = b_q.to(tl.float32) * weight[:, None]
+        if b_q.dtype == tl.bfloat16:
+            b_o = tl.dot(wide.to(tl.bfloat16), b_c.to(tl.bfloat16), b_o)
         else:
-            product = tl.dot(b_q, b_c.to(b_q.dtype), product, input_precision="ieee")
-    return product
+            b_o = tl.dot(wide, b_c, b_o, input_precision=PRECISION)  # a covariance may exceed float16
+    return b_o

@@ -88,7 +88,7 @@ def _represent_kernel(
     cell = tl.program_id(0) * CELLS + o_l // LANES
     rows = tl.load(rows_ptr + cell * STEP + o_l % LANES, mask=cell < num_cells, other=-1)
     x_head = x_ptr + (i_bh // H) * X_STRIDES[0] + (i_bh % H) * X_STRIDES[1]
-    b_x = load_rows(x_head, rows, X_STRIDES[2], o_d, HEAD_DIM).to(tl.float32)
+    b_x = load_rows(x_head, rows, rows >= 0, X_STRIDES[2], o_d, HEAD_DIM, D_PAD).to(tl.float32)
     total = tl.sum(tl.reshape(b_x, (CELLS, LANES, D_PAD)), 1)
     count = tl.sum(tl.reshape((rows >= 0).to(tl.float32), (CELLS, LANES)), 1)
     mean = total / tl.maximum(count, 1.0)[:, None]
@@ -120,13 +120,13 @@ def _importance_kernel(
     o_d = tl.arange(0, D_PAD)
     o_c = tl.arange(0, COLUMNS)
     o_r = i_r * ROWS + tl.arange(0, ROWS)
-    b_q = load_rows(q_ptr, tl.where(o_r < num_q, o_r, -1), HEAD_DIM, o_d, HEAD_DIM)
+    b_q = load_rows(q_ptr, o_r, o_r < num_q, HEAD_DIM, o_d, HEAD_DIM, D_PAD)
     weight = tl.load(weights_ptr + o_r, mask=o_r < num_q, other=0.0)
 
     b_max = tl.full([ROWS], float("-inf"), tl.float32)
     b_sum = tl.zeros([ROWS], tl.float32)
     for t in range(0, num_k, COLUMNS):
-        b_s = _scores(b_q, k_ptr, bias_ptr, t + o_c, num_k, o_d, qk_scale, HEAD_DIM)
+        b_s = _scores(b_q, k_ptr, bias_ptr, t + o_c, num_k, o_d, qk_scale, HEAD_DIM, D_PAD)
         new_max = tl.maximum(b_max, tl.max(b_s, 1))
         # finite pivot while a row has seen no key, otherwise -inf - (-inf) = nan
         pivot = tl.where(new_max == float("-inf"), 0.0, new_max)
@@ -139,7 +139,7 @@ def _importance_kernel(
     # 0, or NaN if a query of the block is not finite or met a key that is not: a maximum would hide it
     alarm = tl.sum(tl.reshape(tl.where(weight > 0, log_sum - log_sum, 0.0), (ROWS // PER_M, PER_M)), 1)
     for t in range(0, num_k, COLUMNS):
-        b_s = _scores(b_q, k_ptr, bias_ptr, t + o_c, num_k, o_d, qk_scale, HEAD_DIM)
+        b_s = _scores(b_q, k_ptr, bias_ptr, t + o_c, num_k, o_d, qk_scale, HEAD_DIM, D_PAD)
         b_p = tl.reshape(tl.exp2(b_s - log_sum[:, None]), (ROWS, COLUMNS // PER_N, PER_N))
         if MASS:
             of_rows = tl.where(weight[:, None] > 0, tl.sum(b_p, 2), 0.0) * weight[:, None]
@@ -157,8 +157,8 @@ def _importance_kernel(
 
 
 @triton.jit
-def _scores(b_q, k_ptr, bias_ptr, columns, num_k, o_d, qk_scale, HEAD_DIM: tl.constexpr):
+def _scores(b_q, k_ptr, bias_ptr, columns, num_k, o_d, qk_scale, HEAD_DIM: tl.constexpr, D_PAD: tl.constexpr):
     """Scores of one tile in base 2, ``[ROWS, COLUMNS]``; -inf where no token stands behind a key cell."""
-    b_k = load_rows(k_ptr, tl.where(columns < num_k, columns, -1), HEAD_DIM, o_d, HEAD_DIM)
+    b_k = load_rows(k_ptr, columns, columns < num_k, HEAD_DIM, o_d, HEAD_DIM, D_PAD)
     bias = tl.load(bias_ptr + columns, mask=columns < num_k, other=float("-inf"))
     return tl.dot(b_q, tl.trans(b_k), input_precision="ieee") * qk_scale + bias[None, :]

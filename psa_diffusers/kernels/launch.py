@@ -48,8 +48,11 @@ def pack_factors(factors: tuple[int, ...]) -> int:
 
 
 @triton.jit
-def load_rows(base_ptr, rows, stride, o_d, D: tl.constexpr):
-    """Rows ``[R, D_PAD]`` of a matrix; a row of -1 and channels past D are 0 and not read."""
-    mask = (rows >= 0)[:, None] & (o_d < D)[None, :]
+def load_rows(base_ptr, rows, mask, stride, channels, D: tl.constexpr, C: tl.constexpr):
+    """Rows ``[R, C]`` of a matrix with D columns; what is masked, and channels past D, are 0 and not read."""
+    mask = mask[:, None]
+    # `channels` are C of them from a multiple of C: where D is a multiple too, none is past D
+    if D % C != 0:
+        mask = mask & (channels < D)[None, :]
     # int64 before it meets a stride: tokens x heads x channels passes 2**31
-    return tl.load(base_ptr + rows.to(tl.int64)[:, None] * stride + o_d[None, :], mask=mask, other=0.0)
+    return tl.load(base_ptr + rows.to(tl.int64)[:, None] * stride + channels[None, :], mask=mask, other=0.0)

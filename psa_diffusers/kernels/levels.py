@@ -52,7 +52,7 @@ def assign_block_levels(
             importance.contiguous(), level_map if cap is None else cap, level_map if finite is None else finite, level_map,
             bounds, num_k, layout.video_query_blocks, ranked, full,
             FACTORS=tuple(factor for factor, _ in levels), TOPK=mode == "topk",
-            HAS_CAP=cap is not None, HAS_FINITE=finite is not None, SIZE=size, num_warps=row_warps(size),
+            HAS_CAP=cap is not None, HAS_FINITE=finite is not None, SIZE=size, num_warps=row_warps(size), enable_fp_fusion=True,
         )  # fmt: skip
     return level_map
 
@@ -164,8 +164,8 @@ def _mean_cosine(
     # real tokens stand at the front, so a cell with a last token is full
     last_rows = tl.load(rows_ptr + o_c * FACTOR + FACTOR - 1)
     first_rows = tl.where(last_rows >= 0, tl.load(rows_ptr + o_c * FACTOR), -1)
-    first = load_rows(k_ptr, first_rows, stride, o_d, HEAD_DIM).to(tl.float32)
-    last = load_rows(k_ptr, last_rows, stride, o_d, HEAD_DIM).to(tl.float32)
+    first = load_rows(k_ptr, first_rows, first_rows >= 0, stride, o_d, HEAD_DIM, D_PAD).to(tl.float32)
+    last = load_rows(k_ptr, last_rows, last_rows >= 0, stride, o_d, HEAD_DIM, D_PAD).to(tl.float32)
     norm_first = tl.maximum(tl.sqrt(tl.sum(first * first, 1)), 1e-8)
     norm_last = tl.maximum(tl.sqrt(tl.sum(last * last, 1)), 1e-8)
     cosine = tl.sum(first / norm_first[:, None] * (last / norm_last[:, None]), 1)

@@ -10,7 +10,6 @@ from psa_diffusers.kernels.tuning import tile_warps
 from psa_diffusers.layout import Layout
 from psa_diffusers.stages.pyramid import Pyramid, pooled_rows
 
-_COVARIANCE_TILE = 64  # cells an iteration
 _COVARIANCE_PROGRAMS = 512  # enough to fill any chip; a number of the chip's own would change the order of the sums
 
 
@@ -75,8 +74,9 @@ def _covariance(
         return covariance
     num_lanes = layout.key_rows.shape[0]
     columns = min(padded(dim), 128)
+    tile = 64 if padded(dim) < 128 else 32  # cells an iteration: more do not fit the registers
     panels = padded(dim) // columns
-    tiles = triton.cdiv(num_lanes, _COVARIANCE_TILE)
+    tiles = triton.cdiv(num_lanes, tile)
     splits = max(1, min(triton.cdiv(tiles, 16), _COVARIANCE_PROGRAMS // (batch * heads * panels)))
     parts = torch.empty(splits, batch, heads, len(factors) - 1, dim, dim, dtype=torch.float32, device=k.device)
 
@@ -85,7 +85,7 @@ def _covariance(
             k, v, layout.key_rows, keys, values, log_counts, parts,
             head_strides(k), head_strides(v), heads, num_lanes, keys.shape[2],
             len(factors), pack_factors(factors), first, splits,
-            HEAD_DIM=dim, D_PAD=padded(dim), TILE=_COVARIANCE_TILE, COLUMNS=columns, FROM_TOKENS=from_tokens,
+            HEAD_DIM=dim, D_PAD=padded(dim), TILE=tile, COLUMNS=columns, FROM_TOKENS=from_tokens,
             num_warps=8 if padded(dim) >= 128 else 4, num_stages=1, enable_fp_fusion=True,
         )  # fmt: skip
 
@@ -114,13 +114,14 @@ def _pyramid_kernel(
     o_d = tl.arange(0, D_PAD)
     rows = tl.load(rows_ptr + i_n * BLOCK_N + tl.arange(0, BLOCK_N))
     real = (rows >= 0).to(tl.float32)
-    b_k = load_rows(k_ptr + i_b * K_STRIDES[0] + i_h * K_STRIDES[1], rows, K_STRIDES[2], o_d, HEAD_DIM).to(tl.float32)
+    b_k = load_rows(k_ptr + i_b * K_STRIDES[0] + i_h * K_STRIDES[1], rows, rows >= 0, K_STRIDES[2], o_d, HEAD_DIM, D_PAD).to(tl.float32)
     broken = _any_broken(b_k)
     _pool(
         b_k, real, keys_ptr + i_bh * num_rows * HEAD_DIM, variance_ptr + i_bh * num_rows, i_n, num_blocks,
         FACTORS, LEVELS, HEAD_DIM, D_PAD, BLOCK_N, KEY_VARIANCE,
     )  # fmt: skip
-    b_v = load_rows(v_ptr + i_b * V_STRIDES[0] + i_h * V_STRIDES[1], rows, V_STRIDES[2], o_d, HEAD_DIM).to(tl.float32)
+    tl.debug_barrier()  # else the values are loaded early, and no registers are left for the keys
+    b_v = load_rows(v_ptr + i_b * V_STRIDES[0] + i_h * V_STRIDES[1], rows, rows >= 0, V_STRIDES[2], o_d, HEAD_DIM, D_PAD).to(tl.float32)
     broken = tl.maximum(broken, _any_broken(b_v))
     _pool(
         b_v, real, values_ptr + i_bh * num_rows * HEAD_DIM, variance_ptr, i_n, num_blocks,
@@ -211,20 +212,21 @@ def _covariance_kernel(
     total = tl.zeros([D_PAD, COLUMNS], tl.float32)
     for t in range(split * share, stop, TILE):
         cell = t + o_t
-        coarse = tl.where(cell < stop, base_coarse + (cell >> (log2_coarse - log2_fine)), -1)
+        real = cell < stop
+        coarse = base_coarse + (cell >> (log2_coarse - log2_fine))
         if FROM_TOKENS:
-            fine = tl.load(rows_ptr + cell, mask=cell < stop, other=-1)
+            fine = tl.load(rows_ptr + cell, mask=real, other=-1)
             weight = (fine >= 0).to(tl.float32)
-            b_k = load_rows(k_ptr + i_b * K_STRIDES[0] + i_h * K_STRIDES[1], fine, K_STRIDES[2], o_d, HEAD_DIM)
-            b_v = load_rows(v_ptr + i_b * V_STRIDES[0] + i_h * V_STRIDES[1], fine, V_STRIDES[2], o_c, HEAD_DIM)
+            b_k = load_rows(k_ptr + i_b * K_STRIDES[0] + i_h * K_STRIDES[1], fine, fine >= 0, K_STRIDES[2], o_d, HEAD_DIM, D_PAD)
+            b_v = load_rows(v_ptr + i_b * V_STRIDES[0] + i_h * V_STRIDES[1], fine, fine >= 0, V_STRIDES[2], o_c, HEAD_DIM, COLUMNS)
         else:
-            fine = tl.where(cell < stop, base_fine + cell, -1)
+            fine = base_fine + cell
             # 1 for a full cell: a count would take float16 further from its reach
-            weight = tl.exp(tl.load(log_counts_ptr + fine, mask=fine >= 0, other=float("-inf"))) / (1 << log2_fine)
-            b_k = load_rows(keys_ptr, fine, HEAD_DIM, o_d, HEAD_DIM)
-            b_v = load_rows(values_ptr, fine, HEAD_DIM, o_c, HEAD_DIM)
-        mean_k = load_rows(keys_ptr, coarse, HEAD_DIM, o_d, HEAD_DIM).to(tl.float32)
-        mean_v = load_rows(values_ptr, coarse, HEAD_DIM, o_c, HEAD_DIM).to(tl.float32)
+            weight = tl.exp(tl.load(log_counts_ptr + fine, mask=real, other=float("-inf"))) / (1 << log2_fine)
+            b_k = load_rows(keys_ptr, fine, real, HEAD_DIM, o_d, HEAD_DIM, D_PAD)
+            b_v = load_rows(values_ptr, fine, real, HEAD_DIM, o_c, HEAD_DIM, COLUMNS)
+        mean_k = load_rows(keys_ptr, coarse, real, HEAD_DIM, o_d, HEAD_DIM, D_PAD).to(tl.float32)
+        mean_v = load_rows(values_ptr, coarse, real, HEAD_DIM, o_c, HEAD_DIM, COLUMNS).to(tl.float32)
         away_k = (b_k.to(tl.float32) - mean_k) * weight[:, None]
         away_v = tl.where(weight[:, None] > 0, b_v.to(tl.float32) - mean_v, 0.0)
         total = tl.dot(tl.trans(away_k.to(b_k.dtype)), away_v.to(b_k.dtype), total, input_precision="ieee")

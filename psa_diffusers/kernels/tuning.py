@@ -30,16 +30,16 @@ class AttendLaunch:
 # (class of chip, bytes a number, padded head dimension) -> the launch for the largest query block
 _ATTEND = {
     # 99 KiB of shared memory a program: sm_86, sm_89, sm_120, and whatever we do not know
-    ("small", 2, 16): AttendLaunch(128, 64, 4, 3),
-    ("small", 2, 32): AttendLaunch(128, 64, 4, 3),
-    ("small", 2, 64): AttendLaunch(128, 64, 4, 3),
-    ("small", 2, 128): AttendLaunch(128, 64, 8, 2),
+    ("small", 2, 16): AttendLaunch(128, 64, 8, 2),
+    ("small", 2, 32): AttendLaunch(128, 64, 8, 2),
+    ("small", 2, 64): AttendLaunch(128, 64, 8, 2),
+    ("small", 2, 128): AttendLaunch(64, 64, 8, 2),
     ("small", 2, 256): AttendLaunch(64, 32, 8, 2),
     # 163 KiB and more: sm_80, sm_90, sm_100
-    ("large", 2, 16): AttendLaunch(128, 128, 8, 3),
-    ("large", 2, 32): AttendLaunch(128, 128, 8, 3),
-    ("large", 2, 64): AttendLaunch(128, 128, 8, 3),
-    ("large", 2, 128): AttendLaunch(128, 128, 8, 2),
+    ("large", 2, 16): AttendLaunch(128, 64, 8, 2),
+    ("large", 2, 32): AttendLaunch(128, 64, 8, 2),
+    ("large", 2, 64): AttendLaunch(128, 64, 8, 2),
+    ("large", 2, 128): AttendLaunch(128, 32, 8, 2),
     ("large", 2, 256): AttendLaunch(128, 32, 8, 2),
     # 64 KiB: gfx9
     ("hip", 2, 16): AttendLaunch(128, 64, 4, 2),
@@ -62,13 +62,13 @@ def attend_launch(head_dim: int, itemsize: int, block_m: int, device: torch.devi
     """The row of the table for these inputs, with no more queries a program than a query block has."""
     row = _ATTEND_FLOAT32[padded(head_dim)] if itemsize == 4 else _ATTEND[chip_class(device), itemsize, padded(head_dim)]
     rows = max(16, min(row.rows, block_m))
-    # a tile of 16 rows is one matrix instruction high: more than four warps would only wait for each other
-    return AttendLaunch(rows, row.tile_n, row.num_warps if rows >= 128 else min(4, row.num_warps), row.num_stages)
+    # with fewer rows than the row of the table has, more than four warps would only wait for each other
+    return AttendLaunch(rows, row.tile_n, row.num_warps if rows == row.rows else min(4, row.num_warps), row.num_stages)
 
 
 def tile_warps(elements: int) -> int:
-    """Warps for a float32 tile that a program holds in registers: at most 64 registers of it a thread."""
-    return max(1, min(16, elements // 2048))
+    """Warps for a float32 tile that a program holds in registers: 32 to 64 registers of it a thread."""
+    return max(1, min(8, elements // 1024))
 
 
 def row_warps(size: int) -> int:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from psa_diffusers import attention
 from psa_diffusers.attention import psa_attention, unsupported_head_dim
 from psa_diffusers.models.registry import Family, find_family, supported, unwrap
 from psa_diffusers.preset import PSAPreset, list_presets, load_preset
@@ -62,7 +63,7 @@ class Run:
         if self.pipe is not None and not torch.compiler.is_compiling():
             self.clock.set_length(getattr(self.pipe, "num_timesteps", None))
         # reading a timestep waits for the GPU, so only if nobody else tells the step and somebody wants to know it
-        is_asked = not self.clock.idle or self.recorder is not None
+        is_asked = not self.clock.idle or self.preset.steps or self.recorder is not None
         if is_asked and not self.fed_by_callback and timestep is not None and self.clock.observe(timestep):
             self._forget()
 
@@ -88,13 +89,16 @@ class Site:
         family: What is known of its architecture.
         run: The run it belongs to.
         grid: Token grid of the forward that is running, None if its inputs do not tell.
+        settings: Preset of each self-attention, in the order of the model, for the step that is running.
     """
 
     def __init__(self, name: str, denoiser: nn.Module, family: Family, run: Run) -> None:
         self.name = name
         self.family = family
         self.run = run
+        self.layers = tuple(family.self_attentions(denoiser))
         self.grid: tuple[int, int, int] | None = None
+        self.settings = self._settings_now()
         self._config = denoiser.config
         # of the class: an instance's forward may be wrapped by offloading
         self._names = tuple(inspect.signature(type(denoiser).forward).parameters)[1:]
@@ -104,6 +108,16 @@ class Site:
         inputs = {**dict(zip(self._names, args)), **kwargs}  # noqa: B905 - fewer positional arguments than names
         self.grid = self.family.read_grid(self._config, inputs)
         self.run.before_forward(inputs.get("timestep"))
+        if self.run.preset.steps:
+            self.settings = self._settings_now()
+
+    def _settings_now(self) -> tuple[PSAPreset, ...]:
+        clock, count = self.run.clock, len(self.layers)
+        settings = tuple(self.run.preset.at(clock.step, clock.num_steps, layer, count) for layer in range(count))
+        for preset in settings:
+            # compiled code runs the operator before it writes what it would have to look up
+            attention._remember(preset)
+        return settings
 
 
 class FamilyProcessor:
@@ -122,6 +136,12 @@ class FamilyProcessor:
         self.layer = layer
         self.original = original
         self.site = site
+        self._index = site.layers.index(layer)
+
+    @property
+    def preset(self) -> PSAPreset:
+        """What to do in this layer and step."""
+        return self.site.settings[self._index]
 
     @property
     def psa_recorders(self) -> list[Recorder]:
@@ -157,8 +177,8 @@ class FamilyProcessor:
         site, run = self.site, self.site.run
         if not run.is_on:
             return "PSA is off"
-        if run.preset.type == "dense":
-            return "the preset is dense"
+        if self.preset.type == "dense":
+            return "the preset is dense" if run.preset.type == "dense" else "the preset is dense here"
         if run.clock.dense:
             return run.clock.reason
         if attention_mask is not None:
@@ -180,7 +200,7 @@ class FamilyProcessor:
         if run.is_on:
             if run.recorder is not None:
                 self._note("dense", reason, 1.0, tokens)
-            if not run.clock.dense and run.preset.type != "dense":
+            if not run.clock.dense and self.preset.type != "dense":
                 run.say(reason, self.layer)
         return self.original(attn, *args, **kwargs)
 
@@ -191,8 +211,8 @@ class FamilyProcessor:
         q, k = q.to(v.dtype), k.to(v.dtype)
         place = {"grid": site.grid, "text_tokens": text_tokens, "text_first": site.family.text_first}
         if run.recorder is None:
-            return psa_attention(q, k, v, run.preset, **place)
-        out, schedule = psa_attention(q, k, v, run.preset, **place, return_schedule=True)
+            return psa_attention(q, k, v, self.preset, **place)
+        out, schedule = psa_attention(q, k, v, self.preset, **place, return_schedule=True)
         self._note("sparse", "", schedule.density(), q.shape[2])
         return out
 
@@ -368,9 +388,6 @@ def _check_choice(preset: str | PSAPreset | None, config: str | Path | None, ove
 
 def _running_denoiser(attn: nn.Module) -> tuple[nn.Module, tuple[Any, ...], dict[str, Any]]:
     """Find, up the stack, the forward of the denoiser that `attn` is running in, and the inputs of that forward."""
-    remedy = "Use enable_psa(pipe) instead, which needs no search: it is told the denoiser."
-    if torch.compiler.is_compiling():
-        raise RuntimeError(f"a PSAProcessor cannot find its denoiser in compiled code. {remedy}")
     frame = sys._getframe(1)
     while frame is not None:
         if frame.f_code is nn.Module._call_impl.__code__:
@@ -379,6 +396,7 @@ def _running_denoiser(attn: nn.Module) -> tuple[nn.Module, tuple[Any, ...], dict
                 return module, frame.f_locals["args"], frame.f_locals["kwargs"]
         frame = frame.f_back
     raise RuntimeError(
-        f"a PSAProcessor was called by a {type(attn).__name__} outside the forward of a denoiser that PSA knows. "
-        f"{remedy} {supported()}"
+        f"a PSAProcessor was called by a {type(attn).__name__}, but no denoiser that PSA knows is running, or its forward "
+        "is compiled whole. Use enable_psa(pipe) instead, which is told the denoiser, or run the denoiser once before "
+        f"compiling it. {supported()}"
     )
