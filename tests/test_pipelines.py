@@ -891,7 +891,7 @@ def test_upstream_processor_is_one_that_we_mirror(upstream):
     source = inspect.getsource(getattr(importlib.import_module(module), name).__call__)
     digest = hashlib.sha256(source.encode()).hexdigest()[:12]
     assert digest in DIGESTS[upstream], (
-        f"{name}.__call__ is new in diffusers {diffusers.__version__} (digest {digest}). Compare it with the __call__ of "
-        "our processor in psa_diffusers/models/: order of projection, norm and rotary embedding, fused projections, new "
-        "arguments. Port what matters, then add the digest to UPSTREAM_DIGESTS."
+        f"{name}.__call__ is new in diffusers {diffusers.__version__} (digest {digest}). Compare it with the __call__ "
+        "of our processor in psa_diffusers/models/: order of projection, norm and rotary embedding, fused projections, "
+        "new arguments. Port what matters, then add the digest to UPSTREAM_DIGESTS."
     )

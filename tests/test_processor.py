@@ -244,7 +244,8 @@ def _fresh_compiler():
 
 @pytest.mark.usefixtures("_fresh_compiler")
 @pytest.mark.parametrize("was_run", [False, True], ids=["compiled-first", "run-once-before"])
-def test_a_compiled_denoiser_gives_the_same(was_run):
+@pytest.mark.parametrize("in_place", [False, True], ids=["wrapped", "in-place"])
+def test_a_compiled_denoiser_gives_the_same(was_run, in_place):
     preset = load_preset("default", block_size=TINY_BLOCKS)
     denoiser, reference = tiny.wan_transformer(), tiny.wan_transformer()
     for each in (denoiser, reference):
@@ -252,17 +253,11 @@ def test_a_compiled_denoiser_gives_the_same(was_run):
     if was_run:
         denoiser(*INPUTS)
     # the search for the denoiser breaks the graph; only afterwards the forward is one graph
-    compiled = torch.compile(denoiser, backend="eager", fullgraph=was_run)
+    how = {"backend": "eager", "fullgraph": was_run}
+    compiled = denoiser if in_place else torch.compile(denoiser, **how)
+    if in_place:
+        denoiser.compile(**how)
     assert torch.equal(compiled(*INPUTS).sample, reference(*INPUTS).sample)
-
-
-@pytest.mark.usefixtures("_fresh_compiler")
-def test_a_denoiser_compiled_in_place_gets_the_remedy():
-    denoiser = tiny.wan_transformer()
-    denoiser.set_attn_processor(PSAProcessor())
-    denoiser.compile(backend="eager")
-    with pytest.raises(RuntimeError, match=r"Use enable_psa\(pipe\) instead"):
-        denoiser(*INPUTS)
 
 
 @pytest.mark.parametrize(

@@ -396,7 +396,6 @@ def _running_denoiser(attn: nn.Module) -> tuple[nn.Module, tuple[Any, ...], dict
                 return module, frame.f_locals["args"], frame.f_locals["kwargs"]
         frame = frame.f_back
     raise RuntimeError(
-        f"a PSAProcessor was called by a {type(attn).__name__}, but no denoiser that PSA knows is running, or its forward "
-        "is compiled whole. Use enable_psa(pipe) instead, which is told the denoiser, or run the denoiser once before "
-        f"compiling it. {supported()}"
+        f"a PSAProcessor was called by a {type(attn).__name__}, but no denoiser that PSA knows is running on the Python "
+        f"stack. Use enable_psa(pipe) instead, which is told the denoiser. {supported()}"
     )
