@@ -31,7 +31,7 @@ test: install
 	$(PYTEST) -m "not interpreter"
 
 bench: install
-	$(BIN)/python scripts/benchmark_cpu.py
+	$(BIN)/python scripts/benchmark.py
 
 lint: install
 	$(BIN)/ruff format --check .

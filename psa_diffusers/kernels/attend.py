@@ -218,9 +218,9 @@ def _add_tilt(
         f = i // steps
         channel = (i % steps) * STEP + tl.arange(0, STEP)
         # a covariance of NaN counts only where its factor was read
-        read = tl.load(offsets_ptr + f + 1) > tl.load(offsets_ptr + f)
+        limit = tl.where(tl.load(offsets_ptr + f + 1) > tl.load(offsets_ptr + f), D, 0)
         b_q = load_rows(q_ptr, rows, rows >= 0, stride, channel, D, STEP)
-        b_c = load_rows(covariance_ptr + f * D * D, channel, (channel < D) & read, D, o_d, D, D_PAD)
+        b_c = load_rows(covariance_ptr + f * D * D, channel, channel < limit, D, o_d, D, D_PAD)
         weight = tl.sum(tl.where(o_f[None, :] == f, b_share, 0.0), 1)
         wide = b_q.to(tl.float32) * weight[:, None]
         if b_q.dtype == tl.bfloat16:

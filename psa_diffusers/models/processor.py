@@ -396,6 +396,6 @@ def _running_denoiser(attn: nn.Module) -> tuple[nn.Module, tuple[Any, ...], dict
                 return module, frame.f_locals["args"], frame.f_locals["kwargs"]
         frame = frame.f_back
     raise RuntimeError(
-        f"a PSAProcessor was called by a {type(attn).__name__}, but no denoiser that PSA knows is running on the Python "
-        f"stack. Use enable_psa(pipe) instead, which is told the denoiser. {supported()}"
+        f"a PSAProcessor was called by a {type(attn).__name__}, but no denoiser that PSA knows is running on the "
+        f"Python stack. Use enable_psa(pipe) instead, which is told the denoiser. {supported()}"
     )
