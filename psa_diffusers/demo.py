@@ -1,9 +1,9 @@
 """The demo model: a small CogVideoX pipeline that needs no network, for `--model demo`, tests and first steps.
 
 Its weights are random for now; a folder of trained ones takes their place without a change of code. Random weights make
-no pictures, but their distribution is chosen so that the model behaves like one where it matters for attention: a token
-attends to its neighbours in space and time and to what resembles it, so the softmax is peaked, as in trained models, and
-what grows out of the noise are coloured patches that move.
+no pictures, but these are drawn so that the model behaves like a trained one where it matters for attention: a token
+attends to its neighbours in space and time and to what resembles it, so the softmax is peaked. What grows out of the
+noise are coloured patches that move.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ TRAINED_WEIGHTS = Path(__file__).parent / "weights" / "demo"
 TEXT_TOKENS = 64
 HEADS, HEAD_DIM, LAYERS = 2, 64, 4
 LATENT_CHANNELS = 8
-WIDTH, HEIGHT, FRAMES = 256, 160, 49
+WIDTH, HEIGHT, FRAMES = 320, 192, 49
 BANDS = ((0.2, 0.5), (0.03, 0.12))
-"""Radians a token by which the rotary embedding turns what the heads look for: how near the narrow, the wide head looks."""
+"""Radians a token by which the rotary embedding turns what the narrow and the wide head look for."""
 PEAK = 20.0
 """Largest logit, that of a token which attends to itself."""
 
@@ -50,7 +50,7 @@ def build_demo_pipeline(folder: str | Path | None = None, *, seed: int = 0) -> C
 
     Returns:
         The pipeline, float32, on the CPU. A token covers 8 x 8 pixels and 4 frames, so the default video of
-        49 x 160 x 256 makes 13 x 20 x 32 = 8,320 video tokens.
+        49 x 192 x 320 makes 13 x 24 x 40 = 12,480 video tokens.
 
     Raises:
         FileNotFoundError: If `folder` holds no pipeline.
