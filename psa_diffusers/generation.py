@@ -12,9 +12,10 @@ import platform
 import re
 import subprocess
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +30,17 @@ from psa_diffusers.run_config import LoraSource, ModelConfig, list_model_configs
 
 __all__ = [
     "Run",
+    "call_defaults",
+    "check_metrics",
     "compare_videos",
+    "environment",
     "generate",
     "load_pipeline",
     "output_name",
+    "plain_config",
+    "preset_for",
     "resolve_model",
+    "revision",
     "write_json",
     "write_video",
 ]
@@ -54,8 +61,8 @@ def resolve_model(model: str, config: str | Path | None = None) -> ModelConfig:
         dtype = "bfloat16" if torch.cuda.is_available() else "float32"
         return ModelConfig(name="custom", source=str(model), dtype=dtype)
     raise ValueError(
-        f"--model {model!r} is no entry of models.yaml, no folder with a saved pipeline (model_index.json) and no hub id "
-        f"owner/name. Entries: {', '.join(keys)}"
+        f"--model {model!r} is no entry of models.yaml, no folder with a saved pipeline "
+        f"(model_index.json) and no hub id owner/name. Entries: {', '.join(keys)}"
     )
 
 
@@ -149,13 +156,14 @@ def generate(
         config: The user's own preset file.
         overrides: Preset fields by their YAML names.
     """
-    overrides = dict(overrides or {})
     if use_psa:
-        if section is not None and not isinstance(preset, PSAPreset):
-            preset, overrides = load_preset(section, preset, config=config, **overrides), {}
-        enable_psa(pipe, preset, config=config, report=True, **overrides)
+        _enable(pipe, preset, section, config, overrides)
     parameters = inspect.signature(type(pipe).__call__).parameters
     arguments = {"generator": torch.Generator("cpu").manual_seed(seed), "output_type": "np", **call}
+    # a joint sequence has the text length of the denoiser, whatever the pipeline assumes
+    text_length = getattr(getattr(pipe, "transformer", None), "config", {}).get("max_text_seq_length")
+    if text_length and "max_sequence_length" in parameters:
+        arguments.setdefault("max_sequence_length", text_length)
     ends: list[float] = []
     if "callback_on_step_end" in parameters:
 
@@ -188,17 +196,77 @@ def generate(
         disable_psa(pipe)
 
 
+def preset_for(
+    pipe: Any,
+    preset: str | PSAPreset | None = None,
+    *,
+    section: str | None = None,
+    config: str | Path | None = None,
+    overrides: Mapping[str, Any] | None = None,
+) -> PSAPreset:
+    """Return the preset that `generate` would use, and change nothing. Arguments as there.
+
+    Raises:
+        TypeError: If PSA does not know the denoiser.
+        ValueError: If there is no such preset, or an override is wrong.
+    """
+    _enable(pipe, preset, section, config, overrides)
+    try:
+        return getattr(pipe, SWITCH).run.preset
+    finally:
+        disable_psa(pipe)
+
+
+def _enable(
+    pipe: Any,
+    preset: str | PSAPreset | None,
+    section: str | None,
+    config: str | Path | None,
+    overrides: Mapping[str, Any] | None,
+) -> None:
+    overrides = dict(overrides or {})
+    if section is not None and not isinstance(preset, PSAPreset):
+        preset, overrides = load_preset(section, preset, config=config, **overrides), {}
+    enable_psa(pipe, preset, config=config, report=True, **overrides)
+
+
+def call_defaults(pipe: Any, names: Iterable[str]) -> dict[str, Any]:
+    """Return the values that the pipeline's own call gives to those of `names` that are not passed, None left out."""
+    parameters = inspect.signature(type(pipe).__call__).parameters
+    defaults = {name: parameters[name].default for name in names if name in parameters}
+    return {name: value for name, value in defaults.items() if value not in (None, inspect.Parameter.empty)}
+
+
+def plain_config(part: Any) -> dict[str, Any]:
+    """Return the settings of a scheduler or model without the keys that diffusers keeps for itself."""
+    return {key: value for key, value in part.config.items() if not key.startswith("_")}
+
+
+def revision(pipe: Any) -> str | None:
+    """Return the commit of the hub repository that the weights came from, None if they did not come from there."""
+    for part in pipe.components.values():
+        path = str(getattr(getattr(part, "config", None), "_name_or_path", ""))
+        if found := re.search(r"snapshots[/\\]([0-9a-f]{40})", path):
+            return found[1]
+    return None
+
+
 def _wait_for(pipe: Any) -> None:
     if torch.cuda.is_available() and pipe._execution_device.type == "cuda":
         torch.cuda.synchronize()
 
 
+def check_metrics() -> None:
+    """Raise an ImportError that says what to do if the library of the metrics is missing."""
+    if find_spec("torchmetrics") is None:
+        raise ImportError("PSNR and SSIM need torchmetrics: pip install 'psa_diffusers[metrics]'")
+
+
 def compare_videos(video: np.ndarray, reference: np.ndarray) -> dict[str, float]:
     """PSNR in dB and SSIM of a video against another of its shape ``[frames, height, width, 3]``, values in [0, 1]."""
-    try:
-        from torchmetrics.functional.image import structural_similarity_index_measure as ssim
-    except ImportError as error:
-        raise ImportError("PSNR and SSIM need torchmetrics: pip install 'psa_diffusers[metrics]'") from error
+    check_metrics()
+    from torchmetrics.functional.image import structural_similarity_index_measure as ssim
+
     first, second = (torch.from_numpy(x).permute(0, 3, 1, 2).float() for x in (video, reference))
     error = float((first - second).square().mean())
     psnr = 99.0 if error == 0 else min(99.0, -10 * np.log10(error).item())  # JSON knows no infinity
@@ -217,7 +285,7 @@ def write_video(path: Path, frames: np.ndarray, fps: int) -> None:
 def write_json(path: Path, record: Mapping[str, Any]) -> None:
     """Write a record in one move: its existence says that the run is finished."""
     part = path.with_name(f".{path.name}.part")
-    part.write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n")
+    part.write_text(json.dumps(record, indent=2, ensure_ascii=False, default=str) + "\n", encoding="utf-8")
     part.replace(path)
 
 
@@ -237,12 +305,14 @@ def environment(device: str) -> dict[str, Any]:
             versions[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             versions[name] = None
-    try:
-        root = Path(__file__).resolve().parent.parent
-        asked = ["git", "-C", str(root), "rev-parse", "HEAD"]
-        commit = subprocess.run(asked, capture_output=True, text=True, check=False).stdout.strip() or None
-    except OSError:
-        commit = None
+    root = Path(__file__).resolve().parent.parent
+    commit = None
+    if (root / ".git").exists():  # not the repository of somebody who installed us somewhere inside it
+        try:
+            asked = ["git", "-C", str(root), "rev-parse", "HEAD"]
+            commit = subprocess.run(asked, capture_output=True, text=True, check=False).stdout.strip() or None
+        except OSError:
+            pass
     chip = (
         torch.cuda.get_device_name(device) if device.startswith("cuda") else f"CPU, {torch.get_num_threads()} threads"
     )

@@ -4,7 +4,7 @@
     python scripts/generate.py --model wan21_1.3b --prompt "a cat on a skateboard" --use_psa
     python scripts/generate.py --model cogvideo_5b_lora --prompt "a panda plays the guitar" --use_psa
     python scripts/generate.py --model cogvideo_5b --prompt_file prompts.txt --use_psa --attention_preset psa_balanced
-    python scripts/generate.py --model ./my_pipeline --prompt "..." --use_psa --set warmup_steps=5 --set block_size.m=64
+    python scripts/generate.py --model ./my_pipeline --prompt "..." --use_psa --set warmup_steps=5 block_size.m=64
 
 Each video is written as .mp4, and beside it a .json with everything needed to repeat the run. The .json is written
 last: a prompt whose .json exists is finished, and a batch that was interrupted goes on where it stopped.
@@ -50,7 +50,12 @@ def parse(argv=None):
         "--config", type=Path, help="YAML with presets of your own, laid over configs/attention_config.yaml"
     )
     how.add_argument(
-        "--set", action="append", default=[], metavar="KEY=VALUE", help="change a key of the preset; repeatable"
+        "--set",
+        action="extend",
+        nargs="+",
+        default=[],
+        metavar="KEY=VALUE",
+        help="change keys of the preset; repeatable",
     )
     how.add_argument(
         "--compare", action="store_true", help="generate dense as well: side by side in one file, PSNR, SSIM, times"
@@ -87,12 +92,15 @@ def read_prompts(args, config):
     return [prompt]
 
 
-def call_arguments(args, config):
-    """Arguments of the pipeline: what the entry says, overruled by the command line; an unknown model gets its own defaults."""
+def call_arguments(args, config, pipe):
+    """Arguments of the pipeline: the entry's, overruled by the command line; an unknown model has its own defaults."""
+    from psa_diffusers.generation import call_defaults
+
     names = ("width", "height", "num_frames", "num_inference_steps", "guidance_scale", "negative_prompt")
     known = {} if config.name == "custom" else {name: getattr(config, name) for name in (*names, "guidance_scale_2")}
     given = {name: getattr(args, name) for name in names}
-    chosen = {**known, **{name: value for name, value in given.items() if value is not None}}
+    chosen = {**call_defaults(pipe, names), **known}
+    chosen |= {name: value for name, value in given.items() if value is not None}
     return {name: value for name, value in chosen.items() if value is not None}
 
 
@@ -109,13 +117,14 @@ def main(argv=None):
         config = generation.resolve_model(args.model, args.models_config)
         prompts = read_prompts(args, config)
         overrides = parse_overrides(args.set)
+        if args.compare:
+            generation.check_metrics()
         device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
         lora = LoraSource(args.lora_path, args.lora_weight_name) if args.lora_path else None
         print(f"model {args.model} on {device}: loading ...", flush=True)
         pipe = generation.load_pipeline(config, device=device, lora=lora)
         job = Job(args, config, pipe, device, overrides, lora or config.lora)
-        job.check_preset()
-    except (ValueError, TypeError, OSError) as error:
+    except (ValueError, TypeError, OSError, ImportError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     if config.source is None:
@@ -133,40 +142,35 @@ class Job:
     """The prompts of one command: one pipeline, one set of settings."""
 
     def __init__(self, args, config, pipe, device, overrides, lora):
+        from psa_diffusers import generation
+
         self.args, self.config, self.pipe, self.device = args, config, pipe, device
-        self.call = call_arguments(args, config)
+        self.call = call_arguments(args, config, pipe)
         self.psa = {
             "preset": args.attention_preset or config.attention_preset,
             "section": config.attention_model,
             "config": args.config,
             "overrides": overrides,
         }
+        # all that decides what the video looks like: it is written down, and names the files
         self.settings = {
             "model": args.model,
             "source": config.source,
-            "entry": config.to_dict(),
+            "revision": generation.revision(pipe),
+            "pipeline": type(pipe).__name__,
+            "scheduler": {"class_name": type(pipe.scheduler).__name__, **generation.plain_config(pipe.scheduler)},
+            "dtype": str(pipe.dtype).removeprefix("torch."),
             "call": self.call,
             "image": args.image,
             "lora": None if lora is None else vars(lora),
             "use_psa": args.use_psa,
             "compare": args.compare,
-            "attention": {**self.psa, "config": str(args.config) if args.config else None},
-            "steps_dtype": str(pipe.dtype),
+            "preset": generation.preset_for(pipe, **self.psa).to_dict() if args.use_psa else None,
         }
         if args.image:
             from diffusers.utils import load_image
 
             self.call = {**self.call, "image": load_image(args.image)}
-
-    def check_preset(self):
-        """Fail before the first video, not in it."""
-        if self.args.use_psa:
-            from psa_diffusers import disable_psa, enable_psa, load_preset
-
-            preset, overrides = self.psa["preset"], self.psa["overrides"]
-            if self.psa["section"]:
-                preset, overrides = load_preset(self.psa["section"], preset, config=self.psa["config"], **overrides), {}
-            disable_psa(enable_psa(self.pipe, preset, config=self.psa["config"], **overrides))
 
     def warm_up(self):
         """On a GPU the first sparse step compiles kernels: let a run of few steps pay for that."""
@@ -214,7 +218,6 @@ class Job:
             if run.denoising_seconds:
                 result["denoising_speedup"] = dense.denoising_seconds / run.denoising_seconds
         generation.write_video(video, frames, self.config.fps)
-        details = {"preset": run.preset, "report": run.report}
         machine = generation.environment(self.device)
         generation.write_json(
             record,
@@ -226,7 +229,8 @@ class Job:
                 "frames": list(run.frames.shape),
                 "fps": self.config.fps,
                 **self.settings,
-                **details,
+                "entry": self.config.to_dict(),
+                "report": run.report,
                 "result": result,
                 "environment": machine,
             },
