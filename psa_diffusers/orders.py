@@ -1,4 +1,4 @@
-"""Orders in which the tokens of a video can stand, so that a block of consecutive tokens is compact in space and time."""
+"""Orders in which the tokens of a video can stand, so that consecutive tokens are close in space and time."""
 
 from collections.abc import Iterator
 

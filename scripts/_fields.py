@@ -100,7 +100,7 @@ def _smooth(grid, dim: int, noise) -> Tensor:
 
 def _moving(grid, dim: int, noise) -> Tensor:
     """Two textures that slide over each other: a background, and discs in front of it with a velocity of their own."""
-    frames, height, width = grid
+    height, width = grid[1:]
     t, y, x = torch.meshgrid(*(torch.arange(size).float() for size in grid), indexing="ij")
     background, front = (_texture(height, width, dim, noise) for _ in range(2))
     velocity = noise(2, 2)

@@ -1,130 +1,263 @@
-"""scripts/generate.py, run as a person runs it: a small saved pipeline in, an .mp4 and its record out."""
+"""scripts/generate.py and the demo model: the program as a person runs it, on real pipelines of tiny size."""
 
+import importlib.util
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
-import imageio.v3 as iio
+import imageio
+import numpy as np
 import pytest
-from tiny import CASES
+import tiny
+import torch
 
-SCRIPT = Path(__file__).resolve().parent.parent / "scripts" / "generate.py"
-SMALL = ["--num_inference_steps", "2", "--width", "112", "--height", "96", "--num_frames", "9", "--guidance_scale", "1"]
-PSA = ["--use_psa", "--set", "warmup_steps=0", "--set", "block_size.m=16", "--set", "block_size.n=16"]
+from psa_diffusers import PSAPreset, generation, load_preset
+from psa_diffusers.demo import build_demo_pipeline
+from psa_diffusers.run_config import load_model_config
+
+SCRIPT = Path(__file__).parent.parent / "scripts" / "generate.py"
+SIZE = ["--width", "64", "--height", "64", "--num_frames", "9", "--num_inference_steps", "3"]
+SMALL = ["--set", "block_size.m=16", "block_size.n=16", "block_size.tile_n=16", "warmup_steps=1"]
+PROMPTS = ["a red ball rolls", "two foxes in the snow"]
+
+# imageio-ffmpeg reads the size of a file from ffmpeg's output and leaves the pipe to the garbage collector
+pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning")
 
 
-def generate(*arguments, check=True):
-    command = [sys.executable, "-W", "ignore", str(SCRIPT), *map(str, arguments)]
-    done = subprocess.run(
-        command, capture_output=True, text=True, check=False, env={**os.environ, "HF_HUB_OFFLINE": "1"}
-    )
-    assert not check or done.returncode == 0, done.stderr
-    return done
+def run_script(*args):
+    """Run the program in a process of its own."""
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    return subprocess.run([sys.executable, SCRIPT, *args], env=environment, capture_output=True, text=True)
+
+
+@pytest.fixture(scope="module")
+def main():
+    """The program's main function, for the calls that need no process of their own."""
+    spec = importlib.util.spec_from_file_location("generate_script", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return lambda *args: module.main([str(arg) for arg in args])
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    path = tmp_path_factory.mktemp("pipeline")
-    CASES["wan2.1"].build().save_pretrained(path)
-    return path
+    """A pipeline as a user has it on disk."""
+    where = tmp_path_factory.mktemp("pipeline")
+    tiny.cogvideox().save_pretrained(where)
+    return where
 
 
-def records(folder):
-    return {path.stem: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))}
+@pytest.fixture(scope="module")
+def batch(folder, tmp_path_factory):
+    """A finished batch of two prompts, dense beside PSA: its folder, its arguments, and what the program printed."""
+    where = tmp_path_factory.mktemp("batch")
+    prompts = where / "prompts.txt"
+    prompts.write_text(f"# nature\n{PROMPTS[0]}\n\n  {PROMPTS[1]}\n")
+    args = ["--model", folder, "--prompt_file", prompts, *SIZE, *SMALL, "--use_psa", "--compare", "--seed", "7"]
+    args += ["--device", "cpu", "--output_dir", where / "out"]
+    done = run_script(*args)
+    assert done.returncode == 0, done.stderr
+    return where / "out", args, done.stdout
 
 
-def test_a_prompt_becomes_a_video_and_a_record_that_repeats_it(folder, tmp_path):
-    first = generate("--model", folder, "--prompt", "a cat", "--seed", 7, *SMALL, *PSA, "--output_dir", tmp_path / "a")
-    (name, record), *others = records(tmp_path / "a").items()
-    assert not others
-    assert first.stdout.strip().endswith(f"{name}.mp4")
-    video = iio.imread(tmp_path / "a" / record["video"])
-    assert list(video.shape) == record["frames"] == [9, 96, 112, 3]
-    assert record["seed"] == 7
-    assert record["prompt"] == "a cat"
-    assert record["preset"]["warmup_steps"] == 0
-    assert 0 < record["result"]["density"] < 1
-    assert record["environment"]["versions"]["diffusers"]
-    again = [sys.executable, *record["command"]]
-    again[1] = str(SCRIPT)
-    again[again.index("--output_dir") + 1] = str(tmp_path / "b")
-    subprocess.run(again, check=True, capture_output=True)
-    assert (iio.imread(tmp_path / "b" / record["video"]) == video).all()
+def records(where):
+    return [(path, json.loads(path.read_text())) for path in sorted(where.glob("*.json"))]
 
 
-def test_compare_puts_dense_beside_psa(folder, tmp_path):
-    done = generate("--model", folder, "--prompt", "a cat", *SMALL, *PSA, "--compare", "--output_dir", tmp_path)
-    (record,) = records(tmp_path).values()
-    assert iio.imread(tmp_path / record["video"]).shape == (9, 96, 224, 3)
-    result = record["result"]
-    assert 0 < result["psnr"] <= 99
-    assert -1 <= result["ssim"] <= 1
-    assert result["dense_seconds"] > 0
-    assert f"PSNR {result['psnr']:.1f} dB" in done.stdout
+def read_video(path):
+    """Frames ``[frames, height, width, 3]`` uint8 as a player sees them."""
+    with imageio.get_reader(path) as reader:
+        return np.stack(list(reader.iter_data()))
 
 
-def test_a_batch_goes_on_where_it_stopped(folder, tmp_path):
-    prompts = tmp_path / "prompts.txt"
-    prompts.write_text("# two of them\na cat\n\na dog\n")
-    out = tmp_path / "out"
-    command = ["--model", folder, "--prompt_file", prompts, *SMALL, "--output_dir", out]
-    generate(*command)
-    finished = sorted(out.glob("*.json"))
-    assert [record["seed"] for record in records(out).values()] == [42, 43]
-    before = {path.name: path.stat().st_mtime_ns for path in out.iterdir()}
-    finished[1].unlink()  # as if the second prompt had been interrupted
-    done = generate(*command)
-    after = {path.name: path.stat().st_mtime_ns for path in out.iterdir()}
-    assert before.keys() == after.keys(), "nothing half-written is left"
-    assert "finished already" in done.stdout
-    changed = {name for name in after if after[name] != before[name]}
-    assert changed == {finished[1].name, finished[1].with_suffix(".mp4").name}
+def run_one(main, folder, where, *args):
+    """Frames and record of one prompt without comparison."""
+    assert main("--model", folder, "--prompt", "a cat", *SIZE, "--device", "cpu", "--output_dir", where, *args) == 0
+    ((path, record),) = records(where)
+    return read_video(path.with_suffix(".mp4")), record
 
 
-def test_a_lora_is_loaded(folder, tmp_path):
-    from test_lora import lora_file
-
-    path = lora_file(tmp_path, "wan2.1")
-    generate("--model", folder, "--prompt", "a cat", *SMALL, "--lora_path", path, "--output_dir", tmp_path / "out")
-    (record,) = records(tmp_path / "out").values()
-    assert record["lora"]["source"] == str(path)
-    generate("--model", folder, "--prompt", "a cat", *SMALL, "--output_dir", tmp_path / "plain")
-    with_lora, plain = (next((tmp_path / name).glob("*.mp4")) for name in ("out", "plain"))
-    assert (iio.imread(with_lora) != iio.imread(plain)).any()
+def test_help_needs_no_torch_and_shows_examples():
+    done = run_script("--help")
+    assert done.returncode == 0
+    assert "python scripts/generate.py --model demo --use_psa --compare" in done.stdout
+    assert all(
+        f"--{name}" in done.stdout for name in ("prompt_file", "attention_preset", "set", "no_warmup", "lora_path")
+    )
 
 
-def test_the_demo_model_needs_nothing_and_runs_sparse(tmp_path):
-    arguments = [
-        "--model",
-        "demo",
-        "--use_psa",
-        "--num_inference_steps",
-        "2",
-        "--num_frames",
-        "9",
-        "--output_dir",
-        tmp_path,
-    ]
-    done = generate(*arguments)
-    (record,) = records(tmp_path).values()
-    assert record["result"]["sparse_density"] < 0.5
-    assert "random weights" in done.stdout
+def test_every_prompt_gives_a_video_and_its_record(batch):
+    where, _, printed = batch
+    assert len(list(where.iterdir())) == 4
+    for index, (path, record) in enumerate(records(where)):
+        assert record["prompt"] == PROMPTS[index]
+        assert record["seed"] == 7 + index
+        assert record["video"] == path.with_suffix(".mp4").name
+        assert record["frames"] == [9, 64, 64, 3]
+        assert record["call"]["num_inference_steps"] == 3
+        assert record["environment"]["versions"]["diffusers"]
+        assert record["result"]["seconds"] > 0
+        assert record["video"] in printed
+
+
+def test_compare_shows_dense_beside_psa(batch):
+    for path, record in records(batch[0]):
+        assert read_video(path.with_suffix(".mp4")).shape == (9, 64, 128, 3)
+        result = record["result"]
+        assert 0 < result["sparse_density"] < result["density"] < 1
+        assert 5 < result["psnr"] < 99
+        assert 0 < result["ssim"] < 1
+        assert result["speedup"] == pytest.approx(result["dense_seconds"] / result["seconds"])
+        assert "warm-up" in record["report"]
+
+
+def test_a_batch_goes_on_where_it_stopped(main, batch, capsys):
+    where, args, _ = batch
+    (first, _), (second, record) = records(where)
+    before = [path.stat().st_mtime_ns for path in (first, first.with_suffix(".mp4"))]
+    frames = read_video(second.with_suffix(".mp4"))
+    # what a kill leaves: a video without a record, halves of files under other names
+    second.unlink()
+    second.with_suffix(".mp4").write_bytes(b"cut off")
+    (where / f".{second.name}.part").write_text('{"prompt": ')
+    capsys.readouterr()
+    assert main(*args) == 0
+    assert "finished already" in capsys.readouterr().out
+    assert [path.stat().st_mtime_ns for path in (first, first.with_suffix(".mp4"))] == before
+    assert np.array_equal(read_video(second.with_suffix(".mp4")), frames)
+    assert json.loads(second.read_text())["preset"] == record["preset"]
+    assert len(list(where.glob("*.mp4"))) == len(list(where.glob("*.json"))) == 2
+
+
+def test_a_record_is_enough_to_repeat_the_run(main, folder, tmp_path):
+    frames, record = run_one(main, folder, tmp_path, "--use_psa", *SMALL, "--seed", "3")
+    pipe = generation.load_pipeline(generation.resolve_model(record["source"]), device="cpu")
+    preset = PSAPreset(**record["preset"])
+    call = {**record["call"], "prompt": record["prompt"]}
+    run = generation.generate(pipe, call, seed=record["seed"], use_psa=True, preset=preset)
+    generation.write_video(tmp_path / "again.mp4", run.frames, record["fps"])
+    assert np.array_equal(read_video(tmp_path / "again.mp4"), frames)
+
+
+def test_the_seed_decides_the_frames(main, folder, tmp_path):
+    frames, record = run_one(main, folder, tmp_path / "a")
+    assert record["preset"] is None
+    assert np.array_equal(frames, run_one(main, folder, tmp_path / "b", "--no_warmup")[0])
+    assert not np.array_equal(frames, run_one(main, folder, tmp_path / "c", "--seed", "43")[0])
+
+
+def test_other_settings_do_not_overwrite(main, folder, tmp_path):
+    run_one(main, folder, tmp_path)
+    base = ["--model", folder, "--prompt", "a cat", *SIZE, "--device", "cpu", "--output_dir", tmp_path, "--use_psa"]
+    assert main(*base, *SMALL) == 0
+    assert main(*base, *SMALL, "--set", "warmup_steps=2") == 0
+    assert len(list(tmp_path.glob("*.json"))) == len(list(tmp_path.glob("*.mp4"))) == 3
+
+
+def test_a_lora_is_used_and_recorded(main, folder, tmp_path):
+    rng = torch.Generator().manual_seed(0)
+    layers = {}
+    for block in range(2):
+        for target in ("to_q", "to_v", "to_out.0"):
+            path = f"transformer_blocks.{block}.attn1.{target}"
+            layers[f"{path}.lora_A.weight"] = torch.randn(4, 32, generator=rng)
+            layers[f"{path}.lora_B.weight"] = torch.randn(32, 4, generator=rng)
+    tiny.cogvideox().save_lora_weights(tmp_path / "lora", transformer_lora_layers=layers)
+    plain, _ = run_one(main, folder, tmp_path / "plain", "--use_psa", *SMALL)
+    styled, record = run_one(main, folder, tmp_path / "styled", "--use_psa", *SMALL, "--lora_path", tmp_path / "lora")
+    assert not np.array_equal(plain, styled)
+    assert record["lora"]["source"] == str(tmp_path / "lora")
+
+
+def test_presets_of_the_users_own_file(main, folder, tmp_path):
+    own = tmp_path / "own.yaml"
+    own.write_text(
+        "demo:\n  attention_configs:\n    mine:\n      type: psa\n      block_size: {m: 16, n: 32, tile_n: 16}\n"
+        "      mask_ratios: {1: [0, 0.5], 16: [0.5, 1]}\n"
+    )
+    args = ["--use_psa", "--config", own, "--attention_preset", "mine"]
+    _, record = run_one(main, folder, tmp_path / "out", *args)
+    assert record["preset"]["name"] == "mine"
+    assert record["preset"]["block_size"]["n"] == 32
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("args", "told"),
     [
-        (["--model", "nothing"], "cogvideo_5b_lora"),
-        (["--model", "demo", "--use_psa", "--attention_preset", "psa_balancd"], "psa_balanced"),
-        (["--model", "demo", "--use_psa", "--set", "warmup=1"], "warmup_steps"),
-        (["--model", "demo", "--prompt_file", "missing.txt"], "no prompt file at missing.txt"),
-        (["--model", "demo", "--compare"], "--use_psa"),
+        pytest.param(["--model", "cogvideo_6b"], ["cogvideo_5b", "wan21_1.3b", "demo"], id="model"),
+        pytest.param(["--model", "no/such/folder"], ["cogvideo_5b"], id="folder"),
+        pytest.param(["--model", "demo", "--use_psa", "--attention_preset", "fast"], ["psa_balanced"], id="preset"),
+        pytest.param(["--model", "demo", "--use_psa", "--set", "warmup_step=1"], ["'warmup_steps'"], id="preset-key"),
+        pytest.param(["--model", "demo", "--use_psa", "--config", "no.yaml"], ["no.yaml"], id="config"),
+        pytest.param(["--model", "demo", "--prompt_file", "no.txt"], ["no.txt"], id="prompt-file"),
+        pytest.param(["--model", "demo", "--lora_path", "no.safetensors"], ["no.safetensors"], id="lora"),
     ],
 )
-def test_mistakes_end_with_2_and_say_what_exists(arguments, message, tmp_path):
-    done = generate(*arguments, "--output_dir", tmp_path / "out", check=False)
-    assert done.returncode == 2
-    assert message in done.stderr
-    assert "Traceback" not in done.stderr
+def test_what_does_not_exist_is_told_before_anything_runs(main, args, told, tmp_path, capsys):
+    assert main(*args, "--device", "cpu", "--output_dir", tmp_path / "out") == 2
+    complaint = capsys.readouterr().err
+    assert complaint.startswith("error: ")
+    assert all(name in complaint for name in told)
+    assert "Traceback" not in complaint
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        pytest.param(["--compare"], id="compare-without-psa"),
+        pytest.param(["--set", "warmup_steps=0"], id="set-without-psa"),
+        pytest.param(["--prompt", "a", "--prompt_file", "b"], id="two-prompts"),
+    ],
+)
+def test_options_that_contradict_each_other_are_refused(main, args):
+    with pytest.raises(SystemExit) as stop:
+        main("--model", "demo", *args)
+    assert stop.value.code == 2
+
+
+def test_the_demo_needs_no_network(tmp_path):
+    done = run_script("--model", "demo", *SIZE, "--use_psa", *SMALL, "--device", "cpu", "--output_dir", str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    assert "random weights" in done.stdout
+    ((path, record),) = records(tmp_path)
+    frames = read_video(path.with_suffix(".mp4"))
+    assert frames.shape == (9, 64, 64, 3)
+    assert frames.std() > 10
+    assert record["preset"]["model"] == "demo"
+    assert str(path.with_suffix(".mp4")) in done.stdout.splitlines()[-1]
+
+
+def test_the_demo_model_is_the_same_every_time_and_leaves_the_generator_alone():
+    before = torch.random.get_rng_state()
+    first, second = build_demo_pipeline(), build_demo_pipeline()
+    assert torch.equal(before, torch.random.get_rng_state())
+    for part in ("transformer", "vae", "text_encoder"):
+        states = getattr(first, part).state_dict(), getattr(second, part).state_dict()
+        assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+    # written down once: another process must give the same
+    assert first.tokenizer("A red fox, 12.").input_ids == [3, 4]
+
+
+def test_trained_weights_drop_in(tmp_path):
+    call = {"prompt": "a cat", "width": 64, "height": 64, "num_frames": 5, "num_inference_steps": 2}
+    saved = build_demo_pipeline(seed=1)
+    saved.set_progress_bar_config(disable=True)
+    saved.save_pretrained(tmp_path)
+    loaded = build_demo_pipeline(tmp_path)
+    frames = [generation.generate(pipe, call, seed=0).frames for pipe in (saved, loaded)]
+    assert np.array_equal(*frames)
+    with pytest.raises(FileNotFoundError, match=r"model_index\.json"):
+        build_demo_pipeline(tmp_path / "nothing")
+
+
+def test_the_demo_is_long_enough_to_mean_something():
+    config = load_model_config("demo")
+    tokens = ((config.num_frames - 1) // 4 + 1) * (config.height // 8) * (config.width // 8)
+    assert tokens >= 3000
+    preset = load_preset("demo")
+    assert preset.warmup_steps <= config.num_inference_steps // 4
+    shares = np.diff([0, *(end for _, end in preset.levels)])
+    assert sum(share / factor for share, (factor, _) in zip(shares, preset.levels, strict=True) if factor) <= 0.25

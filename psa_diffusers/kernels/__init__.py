@@ -1,4 +1,4 @@
-"""The five stages as Triton kernels: the names and signatures of `psa_diffusers.stages`. The only folder that imports triton."""
+"""The five stages as Triton kernels, named and called as in `psa_diffusers.stages`. Only here triton is imported."""
 
 from psa_diffusers.kernels.attend import attend
 from psa_diffusers.kernels.importance import block_importance

@@ -153,7 +153,9 @@ def _attend_kernel(
                 bias += tl.minimum(spread_scale * spread, bias_cap)
             b_o, b_max, b_sum, b_before = _fold(b_q, b_k, b_v, bias, b_o, b_max, b_sum, b_before, qk_scale)
         if VALUE_TILT:
-            b_mass = tl.where(o_f[None, :] == f, (b_max + tl.log2(b_sum))[:, None], b_mass)
+            # a factor that gets nothing keeps -inf, without a logarithm of 0
+            mass = tl.where(b_sum > 0, b_max + tl.log2(tl.where(b_sum > 0, b_sum, 1.0)), float("-inf"))
+            b_mass = tl.where(o_f[None, :] == f, mass[:, None], b_mass)
         base += N * num_cells
 
     # a row that keeps nothing is 0; 0 / 0 of a row whose weights all vanish stays NaN, as in dense attention
@@ -187,8 +189,9 @@ def _fold(b_q, b_k, b_v, bias, b_o, b_max, b_sum, b_before, qk_scale):
 
 @triton.jit
 def _mean_square(
-    q_ptr, query_rows_ptr, stride, o_d, D: tl.constexpr, D_PAD: tl.constexpr, BLOCK_M: tl.constexpr, ROWS: tl.constexpr, PARTS: tl.constexpr
-):
+    q_ptr, query_rows_ptr, stride, o_d,
+    D: tl.constexpr, D_PAD: tl.constexpr, BLOCK_M: tl.constexpr, ROWS: tl.constexpr, PARTS: tl.constexpr,
+):  # fmt: skip
     """Mean of the squared norms over the real queries of the block; a norm that is not finite counts as 0."""
     o_m = tl.arange(0, ROWS)
     total = 0.0

@@ -27,40 +27,46 @@ class AttendLaunch:
     num_stages: int
 
 
-# (class of chip, bytes a number, padded head dimension) -> the launch for the largest query block
+# (matrix unit, padded head dimension) -> the launch for float16 and bfloat16 and the largest query block
 _ATTEND = {
-    # 99 KiB of shared memory a program: sm_86, sm_89, sm_120, and whatever we do not know
-    ("small", 2, 16): AttendLaunch(128, 64, 8, 2),
-    ("small", 2, 32): AttendLaunch(128, 64, 8, 2),
-    ("small", 2, 64): AttendLaunch(128, 64, 8, 2),
-    ("small", 2, 128): AttendLaunch(64, 64, 8, 2),
-    ("small", 2, 256): AttendLaunch(64, 32, 8, 2),
-    # 163 KiB and more: sm_80, sm_90, sm_100
-    ("large", 2, 16): AttendLaunch(128, 64, 8, 2),
-    ("large", 2, 32): AttendLaunch(128, 64, 8, 2),
-    ("large", 2, 64): AttendLaunch(128, 64, 8, 2),
-    ("large", 2, 128): AttendLaunch(128, 32, 8, 2),
-    ("large", 2, 256): AttendLaunch(128, 32, 8, 2),
-    # 64 KiB: gfx9
-    ("hip", 2, 16): AttendLaunch(128, 64, 4, 2),
-    ("hip", 2, 32): AttendLaunch(128, 64, 4, 2),
-    ("hip", 2, 64): AttendLaunch(128, 64, 4, 2),
-    ("hip", 2, 128): AttendLaunch(128, 64, 8, 1),
-    ("hip", 2, 256): AttendLaunch(64, 32, 8, 1),
+    # mma: sm_80, sm_86, sm_89, sm_120, and whatever we do not know; 99 KiB of shared memory a program is the least of them
+    ("mma", 16): AttendLaunch(128, 64, 8, 3),
+    ("mma", 32): AttendLaunch(128, 64, 8, 3),
+    ("mma", 64): AttendLaunch(128, 64, 8, 3),
+    ("mma", 128): AttendLaunch(128, 64, 8, 2),
+    ("mma", 256): AttendLaunch(64, 32, 8, 2),
+    # wgmma: sm_90, 227 KiB; a tile of 128 cells would fit, but not into the registers
+    ("wgmma", 16): AttendLaunch(128, 64, 8, 3),
+    ("wgmma", 32): AttendLaunch(128, 64, 8, 3),
+    ("wgmma", 64): AttendLaunch(128, 64, 8, 3),
+    ("wgmma", 128): AttendLaunch(128, 64, 8, 2),
+    ("wgmma", 256): AttendLaunch(128, 32, 8, 2),
+    # tcgen05: sm_100, sm_103, 227 KiB
+    ("tcgen05", 16): AttendLaunch(128, 64, 8, 3),
+    ("tcgen05", 32): AttendLaunch(128, 64, 8, 3),
+    ("tcgen05", 64): AttendLaunch(128, 64, 8, 3),
+    ("tcgen05", 128): AttendLaunch(128, 32, 8, 2),
+    ("tcgen05", 256): AttendLaunch(64, 32, 8, 2),
+    # mfma: gfx9, 64 KiB
+    ("mfma", 16): AttendLaunch(128, 64, 4, 2),
+    ("mfma", 32): AttendLaunch(128, 64, 4, 2),
+    ("mfma", 64): AttendLaunch(128, 64, 4, 2),
+    ("mfma", 128): AttendLaunch(128, 64, 8, 1),
+    ("mfma", 256): AttendLaunch(64, 32, 8, 1),
 }
-# float32 has no matrix units at full precision: small tiles, the same on every chip
+# float32 at full precision has no matrix unit on most chips: small tiles, the same everywhere
 _ATTEND_FLOAT32 = {
-    16: AttendLaunch(64, 32, 4, 2),
-    32: AttendLaunch(64, 32, 4, 2),
-    64: AttendLaunch(64, 32, 4, 2),
-    128: AttendLaunch(32, 32, 4, 1),
+    16: AttendLaunch(32, 32, 4, 2),
+    32: AttendLaunch(32, 32, 4, 2),
+    64: AttendLaunch(32, 32, 4, 2),
+    128: AttendLaunch(16, 32, 4, 1),
     256: AttendLaunch(16, 32, 4, 1),
 }
 
 
 def attend_launch(head_dim: int, itemsize: int, block_m: int, device: torch.device) -> AttendLaunch:
     """The row of the table for these inputs, with no more queries a program than a query block has."""
-    row = _ATTEND_FLOAT32[padded(head_dim)] if itemsize == 4 else _ATTEND[chip_class(device), itemsize, padded(head_dim)]
+    row = _ATTEND_FLOAT32[padded(head_dim)] if itemsize == 4 else _ATTEND[matrix_unit(device), padded(head_dim)]
     rows = max(16, min(row.rows, block_m))
     # with fewer rows than the row of the table has, more than four warps would only wait for each other
     return AttendLaunch(rows, row.tile_n, row.num_warps if rows == row.rows else min(4, row.num_warps), row.num_stages)
@@ -77,10 +83,12 @@ def row_warps(size: int) -> int:
 
 
 @lru_cache(maxsize=None)
-def chip_class(device: torch.device) -> str:
-    """``small``, ``large`` or ``hip``: what decides how much a program may hold."""
+def matrix_unit(device: torch.device) -> str:
+    """``mma``, ``wgmma``, ``tcgen05`` or ``mfma``: what decides how much a program may hold."""
     if device.type != "cuda":
-        return "small"
+        return "mma"
     if torch.version.hip:
-        return "hip"
-    return "large" if torch.cuda.get_device_capability(device) in ((8, 0), (9, 0), (10, 0), (10, 3)) else "small"
+        return "mfma"
+    major, minor = torch.cuda.get_device_capability(device)
+    # the consumer's sm_120 has neither of the newer units
+    return {(9, 0): "wgmma", (10, 0): "tcgen05", (10, 3): "tcgen05"}.get((major, minor), "mma")

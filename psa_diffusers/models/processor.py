@@ -89,16 +89,15 @@ class Site:
         family: What is known of its architecture.
         run: The run it belongs to.
         grid: Token grid of the forward that is running, None if its inputs do not tell.
-        settings: Preset of each self-attention, in the order of the model, for the step that is running.
     """
 
     def __init__(self, name: str, denoiser: nn.Module, family: Family, run: Run) -> None:
         self.name = name
         self.family = family
         self.run = run
-        self.layers = tuple(family.self_attentions(denoiser))
         self.grid: tuple[int, int, int] | None = None
-        self.settings = self._settings_now()
+        self._layers = list(family.self_attentions(denoiser))
+        self._processors: list[FamilyProcessor] = []
         self._config = denoiser.config
         # of the class: an instance's forward may be wrapped by offloading
         self._names = tuple(inspect.signature(type(denoiser).forward).parameters)[1:]
@@ -109,15 +108,20 @@ class Site:
         self.grid = self.family.read_grid(self._config, inputs)
         self.run.before_forward(inputs.get("timestep"))
         if self.run.preset.steps:
-            self.settings = self._settings_now()
+            for processor in self._processors:
+                processor.preset = self._preset_now(processor.layer)
 
-    def _settings_now(self) -> tuple[PSAPreset, ...]:
-        clock, count = self.run.clock, len(self.layers)
-        settings = tuple(self.run.preset.at(clock.step, clock.num_steps, layer, count) for layer in range(count))
-        for preset in settings:
-            # compiled code runs the operator before it writes what it would have to look up
-            attention._remember(preset)
-        return settings
+    def join(self, processor: FamilyProcessor) -> PSAPreset:
+        """Take note of a processor; return what it has to do in the first step."""
+        self._processors.append(processor)
+        return self._preset_now(processor.layer)
+
+    def _preset_now(self, layer: str) -> PSAPreset:
+        clock, place = self.run.clock, self._layers.index(layer)
+        preset = self.run.preset.at(clock.step, clock.num_steps, place, len(self._layers))
+        # compiled code runs the operator before it writes what the operator would look up
+        attention._remember(preset)
+        return preset
 
 
 class FamilyProcessor:
@@ -130,18 +134,17 @@ class FamilyProcessor:
         layer: Module path of the attention in the denoiser.
         original: The processor that was found there. It runs every dense call.
         site: The denoiser.
+
+    Attributes:
+        preset: What to do in this layer and the running step. Stands here, not in a list by layer, because compiled
+            code makes a version for each value it reads: a handful of presets, but dozens of layers.
     """
 
     def __init__(self, layer: str, original: Any, site: Site) -> None:
         self.layer = layer
         self.original = original
         self.site = site
-        self._index = site.layers.index(layer)
-
-    @property
-    def preset(self) -> PSAPreset:
-        """What to do in this layer and step."""
-        return self.site.settings[self._index]
+        self.preset = site.join(self)
 
     @property
     def psa_recorders(self) -> list[Recorder]:

@@ -74,7 +74,7 @@ def reduce_scores(
     weight_q, bias = counts_q.to(wide), counts_k.to(wide).log()
     importance = torch.empty(batch, heads, num_q, num_k, dtype=wide, device=cells_q.device)
     per_block = layout.block_m // width
-    chunk = max(1, 2**22 // (per_block * cells_k.shape[2]))  # query blocks at a time
+    chunk = max(1, 2**18 // (per_block * cells_k.shape[2]))  # query blocks at a time: 1 MiB of scores
     for b, h in ((b, h) for b in range(batch) for h in range(heads)):
         keys = cells_k[b, h].to(wide).T * scale
         for start in range(0, num_q, chunk):

@@ -11,20 +11,21 @@ from psa_diffusers import PSAPreset
 from psa_diffusers.layout import make_layout
 
 pytestmark = pytest.mark.skipif(
-    os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter compiles nothing; this runs in a process of its own"
+    os.environ.get("TRITON_INTERPRET") == "1",
+    reason="the interpreter compiles nothing; this runs in a process of its own",
 )
 
-# compute capability: class of chip in the tuning table, KiB of shared memory that a program may have
-CHIPS = {80: ("large", 163), 89: ("small", 99), 90: ("large", 227), 100: ("large", 227), 120: ("small", 99)}
+# compute capability: matrix unit in the tuning table, KiB of shared memory that a program may have
+CHIPS = {80: ("mma", 163), 89: ("mma", 99), 90: ("wgmma", 227), 100: ("tcgen05", 227), 120: ("mma", 99)}
 COVER = {1: [0, 0.06], 2: [0.06, 0.1], 4: [0.1, 0.2], 8: [0.2, 0.3], 16: [0.3, 0.4], 32: [0.4, 0.7], 128: [0.7, 1]}
 
 
-def all_launches(monkeypatch, head_dim, chip):
+def all_launches(monkeypatch, head_dim, unit):
     """The launches of a run with every option on, and of one with every option off."""
     from psa_diffusers import kernels
     from psa_diffusers.kernels import tuning
 
-    monkeypatch.setattr(tuning, "chip_class", lambda device: chip)
+    monkeypatch.setattr(tuning, "matrix_unit", lambda device: unit)
     q, k, v = (torch.zeros(1, 226 + 13 * 30 * 45, 2, head_dim, dtype=torch.bfloat16).transpose(1, 2) for _ in range(3))
 
     def run(importance, mode, terms):
@@ -47,8 +48,8 @@ def all_launches(monkeypatch, head_dim, chip):
 @pytest.mark.parametrize("head_dim", [64, 128])
 @pytest.mark.parametrize("capability", CHIPS)
 def test_every_kernel_compiles_fits_and_spills_nothing(capability, head_dim, monkeypatch, tmp_path):
-    chip, kibibytes = CHIPS[capability]
-    launches = all_launches(monkeypatch, head_dim, chip)
+    unit, kibibytes = CHIPS[capability]
+    launches = all_launches(monkeypatch, head_dim, unit)
     assert len({launch.name for launch in launches}) >= 6, "one kernel a stage at least"
     for launch in launches:
         compiled = launch.compile(GPUTarget("cuda", capability, 32))
@@ -59,6 +60,6 @@ def test_every_kernel_compiles_fits_and_spills_nothing(capability, head_dim, mon
 
 @pytest.mark.parametrize("head_dim", [64, 128])
 def test_every_kernel_compiles_for_amd(head_dim, monkeypatch):
-    for launch in all_launches(monkeypatch, head_dim, "hip"):
+    for launch in all_launches(monkeypatch, head_dim, "mfma"):
         compiled = launch.compile(GPUTarget("hip", "gfx942", 64))
         assert compiled.metadata.shared <= 64 * 1024, f"{launch.name}: {compiled.metadata.shared} bytes shared"
