@@ -344,7 +344,7 @@ def draw(table: list[dict], path: Path) -> None:
     """Error against density, one line a method."""
     import matplotlib.pyplot as plt
 
-    figure, axis = plt.subplots(figsize=(7.5, 5), layout="constrained")
+    figure, axis = plt.subplots(figsize=(9, 5), layout="constrained")
     by_line = defaultdict(list)
     for row in table:
         if row["line"] != "dense":
@@ -359,7 +359,7 @@ def draw(table: list[dict], path: Path) -> None:
         yscale="log",
     )
     axis.grid(which="both", alpha=0.3)
-    axis.legend()
+    figure.legend(loc="outside right upper", fontsize="small")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
     plt.close(figure)

@@ -1,0 +1,82 @@
+"""scripts/evaluate_levels.py as a person runs it, on heads small enough to take seconds."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+ROOT = Path(__file__).resolve().parent.parent
+TINY = ("--field_grid", "6", "12", "16", "--queries", "256", "--densities", "0.1", "0.3")
+
+
+def run_script(*args):
+    return subprocess.run(
+        [sys.executable, str(ROOT / "scripts" / "evaluate_levels.py"), *map(str, args)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "MPLBACKEND": "Agg"},
+    )
+
+
+@pytest.fixture(scope="module")
+def fields(tmp_path_factory):
+    """Printed table, JSON lines by case and method, and the folder of the files, of one run over two fields."""
+    folder = tmp_path_factory.mktemp("levels")
+    done = run_script("--fields", "A", "F", *TINY, "--json", folder / "levels.jsonl", "--plot", folder / "levels.png")
+    assert done.returncode == 0, done.stderr
+    lines = [json.loads(line) for line in (folder / "levels.jsonl").read_text().splitlines()]
+    return done.stdout, {(line["case"], line["method"]): line for line in lines}, folder
+
+
+def test_dense_attention_has_no_error(fields):
+    _, lines, _ = fields
+    dense = [line for (_, method), line in lines.items() if method == "dense"]
+    assert len(dense) == 2
+    assert all(line["relative_l1"] == 0 and line["density"] == 1 for line in dense)
+
+
+def test_error_falls_with_density(fields):
+    _, lines, _ = fields
+    for case in {case for case, _ in lines}:
+        for name in ("published", "top, rest dropped", "top + mean, zeroth order, 64"):
+            coarse, fine = lines[case, f"{name} @0.1"], lines[case, f"{name} @0.3"]
+            assert coarse["density"] < fine["density"]
+            assert coarse["relative_l1"] > fine["relative_l1"]
+
+
+def test_a_mean_in_place_of_nothing_lowers_the_error(fields):
+    _, lines, _ = fields
+    for case in {case for case, _ in lines}:
+        covered, dropped = lines[case, "top + mean, zeroth order, 128 @0.3"], lines[case, "top, rest dropped @0.3"]
+        assert covered["relative_l1"] < dropped["relative_l1"]
+
+
+def test_attention_mass_is_shared_out_in_full(fields):
+    _, lines, _ = fields
+    for line in lines.values():
+        assert sum(line["mass_by_factor"].values()) == pytest.approx(1, abs=1e-3)
+
+
+def test_table_and_picture_are_made(fields):
+    table, lines, folder = fields
+    assert all(method in table for _, method in lines)
+    assert (folder / "levels.png").stat().st_size > 10_000
+
+
+def test_recorded_heads_are_read_with_their_grid(tmp_path, rng):
+    heads = {part: torch.randn(1, 2, 4 * 8 * 8 + 6, 16, generator=rng).half() for part in "qkv"}
+    save_file({f"layer0.{part}": x for part, x in heads.items()}, tmp_path / "qkv.safetensors")
+    args = ("--qkv", tmp_path / "qkv.safetensors", "--densities", "0.3", "--json", tmp_path / "out.jsonl")
+    refused = run_script(*args)
+    assert refused.returncode != 0
+    assert "pass --grid" in refused.stderr
+    done = run_script(*args, "--grid", 4, 8, 8, "--text_tokens", 6, "--part", "odd")
+    assert done.returncode == 0, done.stderr
+    lines = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert {line["case"] for line in lines} == {"layer0.0.1"}
+    assert all(torch.isfinite(torch.tensor(line["relative_l1"])) for line in lines)
