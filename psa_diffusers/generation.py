@@ -85,7 +85,10 @@ def load_pipeline(config: ModelConfig, *, device: str, lora: LoraSource | None =
         dtypes = {"default": getattr(torch, config.dtype)}
         if config.vae_dtype:
             dtypes["vae"] = getattr(torch, config.vae_dtype)
-        pipe = kind.from_pretrained(config.source, torch_dtype=dtypes if len(dtypes) > 1 else dtypes["default"])
+        # the new name is ignored before 0.41, the old one warned about since
+        version = tuple(int(part) for part in diffusers.__version__.split(".")[:2])
+        name = "dtype" if version >= (0, 41) else "torch_dtype"
+        pipe = kind.from_pretrained(config.source, **{name: dtypes if len(dtypes) > 1 else dtypes["default"]})
     if config.scheduler is not None:
         import diffusers
 
