@@ -17,7 +17,15 @@ LOG2E = tl.constexpr(math.log2(math.e))
 
 
 def attend(
-    q: Tensor, k: Tensor, v: Tensor, pyramid: Pyramid, schedule: Schedule, layout: Layout, *, scale: float, variance_cap: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pyramid: Pyramid,
+    schedule: Schedule,
+    layout: Layout,
+    *,
+    scale: float,
+    variance_cap: float,
 ) -> Tensor:
     """Read each kept block at its factor; the definition of docs/concept.md. See `psa_diffusers.stages.attend.attend`.
 

@@ -22,7 +22,7 @@ def assign_block_levels(
     cap: Tensor | None = None,
     finite: Tensor | None = None,
 ) -> Tensor:
-    """Rank the video blocks of every row, and read all that touches text at factor 1. See `psa_diffusers.stages.levels`.
+    """Rank the video blocks of every row, and read all that touches text at factor 1. As `psa_diffusers.stages.levels`.
 
     Args:
         importance: ``[B, H, M, N]`` float32, larger is more important.
@@ -45,14 +45,15 @@ def assign_block_levels(
     else:
         full = max(1, -int(-min_full_ratio * ranked // 1))
         bounds = tuple(float(bound) for _, bound in levels[:-1])
-    level_map = torch.empty(importance.shape, dtype=torch.int16, device=importance.device)
+    unused = level_map = torch.empty(importance.shape, dtype=torch.int16, device=importance.device)
     size = max(16, triton.next_power_of_2(num_k))
     with on_device(importance):
         _levels_kernel[(num_q, batch * heads)](
-            importance.contiguous(), level_map if cap is None else cap, level_map if finite is None else finite, level_map,
+            importance.contiguous(), unused if cap is None else cap, unused if finite is None else finite, level_map,
             bounds, num_k, layout.video_query_blocks, ranked, full,
             FACTORS=tuple(factor for factor, _ in levels), TOPK=mode == "topk",
-            HAS_CAP=cap is not None, HAS_FINITE=finite is not None, SIZE=size, num_warps=row_warps(size), enable_fp_fusion=True,
+            HAS_CAP=cap is not None, HAS_FINITE=finite is not None, SIZE=size,
+            num_warps=row_warps(size), enable_fp_fusion=True,
         )  # fmt: skip
     return level_map
 
@@ -132,7 +133,8 @@ def _levels_kernel(
         factor = tl.where(position >= BOUNDS[level - 1], FACTORS[level], factor)
     factor = tl.where(o_n < full, 1, factor)
     if HAS_CAP:
-        factor = tl.minimum(factor, tl.load(cap_ptr + i_bh * num_blocks + column, mask=o_n < num_ranked, other=1).to(tl.int32))
+        cap = tl.load(cap_ptr + i_bh * num_blocks + column, mask=o_n < num_ranked, other=1)
+        factor = tl.minimum(factor, cap.to(tl.int32))
     factor = tl.where(all_full, 1, factor)
     tl.store(level_map_ptr + row + column, factor.to(tl.int16), mask=o_n < num_ranked)
 
@@ -149,7 +151,9 @@ def _cosine_cap_kernel(
     k_head = k_ptr + (i_bh // H) * K_STRIDES[0] + (i_bh % H) * K_STRIDES[1]
     cap = 1
     for i in tl.static_range(len(FACTORS)):
-        mean = _mean_cosine(k_head, rows_ptr + i_n * BLOCK_N, K_STRIDES[2], FACTORS[i], HEAD_DIM, D_PAD, BLOCK_N // FACTORS[i])
+        mean = _mean_cosine(
+            k_head, rows_ptr + i_n * BLOCK_N, K_STRIDES[2], FACTORS[i], HEAD_DIM, D_PAD, BLOCK_N // FACTORS[i]
+        )
         cap = tl.where(mean > THRESHOLDS[i], FACTORS[i], cap)
     tl.store(cap_ptr + i_bh * num_blocks + i_n, cap.to(tl.int16))
 

@@ -14,7 +14,13 @@ _COVARIANCE_PROGRAMS = 512  # enough to fill any chip; a number of the chip's ow
 
 
 def build_pyramid(
-    k: Tensor, v: Tensor, layout: Layout, factors: tuple[int, ...], *, key_variance: bool = False, value_tilt: bool = False
+    k: Tensor,
+    v: Tensor,
+    layout: Layout,
+    factors: tuple[int, ...],
+    *,
+    key_variance: bool = False,
+    value_tilt: bool = False,
 ) -> Pyramid:
     """Pool keys and values over the cells of every factor. See `psa_diffusers.stages.pyramid.build_pyramid`.
 
@@ -111,17 +117,19 @@ def _pyramid_kernel(
     i_bh = tl.program_id(1).to(tl.int64)
     i_b = i_bh // H
     i_h = i_bh % H
+    k_ptr += i_b * K_STRIDES[0] + i_h * K_STRIDES[1]
+    v_ptr += i_b * V_STRIDES[0] + i_h * V_STRIDES[1]
     o_d = tl.arange(0, D_PAD)
     rows = tl.load(rows_ptr + i_n * BLOCK_N + tl.arange(0, BLOCK_N))
     real = (rows >= 0).to(tl.float32)
-    b_k = load_rows(k_ptr + i_b * K_STRIDES[0] + i_h * K_STRIDES[1], rows, rows >= 0, K_STRIDES[2], o_d, HEAD_DIM, D_PAD).to(tl.float32)
+    b_k = load_rows(k_ptr, rows, rows >= 0, K_STRIDES[2], o_d, HEAD_DIM, D_PAD).to(tl.float32)
     broken = _any_broken(b_k)
     _pool(
         b_k, real, keys_ptr + i_bh * num_rows * HEAD_DIM, variance_ptr + i_bh * num_rows, i_n, num_blocks,
         FACTORS, LEVELS, HEAD_DIM, D_PAD, BLOCK_N, KEY_VARIANCE,
     )  # fmt: skip
     tl.debug_barrier()  # else the values are loaded early, and no registers are left for the keys
-    b_v = load_rows(v_ptr + i_b * V_STRIDES[0] + i_h * V_STRIDES[1], rows, rows >= 0, V_STRIDES[2], o_d, HEAD_DIM, D_PAD).to(tl.float32)
+    b_v = load_rows(v_ptr, rows, rows >= 0, V_STRIDES[2], o_d, HEAD_DIM, D_PAD).to(tl.float32)
     broken = tl.maximum(broken, _any_broken(b_v))
     _pool(
         b_v, real, values_ptr + i_bh * num_rows * HEAD_DIM, variance_ptr, i_n, num_blocks,
@@ -193,6 +201,8 @@ def _covariance_kernel(
     i_bh = tl.program_id(2).to(tl.int64)
     i_b = i_bh // H
     i_h = i_bh % H
+    k_ptr += i_b * K_STRIDES[0] + i_h * K_STRIDES[1]
+    v_ptr += i_b * V_STRIDES[0] + i_h * V_STRIDES[1]
     log2_coarse = (packed_factors >> (4 * f)) & 15
     log2_fine = (packed_factors >> (4 * (f - 1))) & 15
     base_fine = 0
@@ -217,8 +227,8 @@ def _covariance_kernel(
         if FROM_TOKENS:
             fine = tl.load(rows_ptr + cell, mask=real, other=-1)
             weight = (fine >= 0).to(tl.float32)
-            b_k = load_rows(k_ptr + i_b * K_STRIDES[0] + i_h * K_STRIDES[1], fine, fine >= 0, K_STRIDES[2], o_d, HEAD_DIM, D_PAD)
-            b_v = load_rows(v_ptr + i_b * V_STRIDES[0] + i_h * V_STRIDES[1], fine, fine >= 0, V_STRIDES[2], o_c, HEAD_DIM, COLUMNS)
+            b_k = load_rows(k_ptr, fine, fine >= 0, K_STRIDES[2], o_d, HEAD_DIM, D_PAD)
+            b_v = load_rows(v_ptr, fine, fine >= 0, V_STRIDES[2], o_c, HEAD_DIM, COLUMNS)
         else:
             fine = base_fine + cell
             # 1 for a full cell: a count would take float16 further from its reach

@@ -26,8 +26,9 @@ def make_schedule(level_map: Tensor, factors: tuple[int, ...], block_n: int) -> 
     size = max(16, triton.next_power_of_2(num_k))
     with on_device(level_map):
         _schedule_kernel[(num_q, batch * heads)](
-            level_map.contiguous(), block_ids, offsets, num_k, FACTORS=tuple(factors), SIZE=size, num_warps=row_warps(size), enable_fp_fusion=True
-        )
+            level_map.contiguous(), block_ids, offsets, num_k, FACTORS=tuple(factors), SIZE=size,
+            num_warps=row_warps(size), enable_fp_fusion=True,
+        )  # fmt: skip
     return Schedule(block_ids=block_ids, offsets=offsets, factors=tuple(factors), block_n=block_n)
 
 

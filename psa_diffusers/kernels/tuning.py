@@ -5,7 +5,7 @@ These are default rows: they compile, fit the shared memory of every chip of the
 """
 
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 
 import torch
 
@@ -29,7 +29,7 @@ class AttendLaunch:
 
 # (matrix unit, padded head dimension) -> the launch for float16 and bfloat16 and the largest query block
 _ATTEND = {
-    # mma: sm_80, sm_86, sm_89, sm_120, and whatever we do not know; 99 KiB of shared memory a program is the least of them
+    # mma: sm_80, sm_86, sm_89, sm_120, and whatever we do not know; the least of them has 99 KiB of shared memory
     ("mma", 16): AttendLaunch(128, 64, 8, 3),
     ("mma", 32): AttendLaunch(128, 64, 8, 3),
     ("mma", 64): AttendLaunch(128, 64, 8, 3),
@@ -82,7 +82,7 @@ def row_warps(size: int) -> int:
     return max(1, min(16, size // 256))
 
 
-@lru_cache(maxsize=None)
+@cache
 def matrix_unit(device: torch.device) -> str:
     """``mma``, ``wgmma``, ``tcgen05`` or ``mfma``: what decides how much a program may hold."""
     if device.type != "cuda":
