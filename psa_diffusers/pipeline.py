@@ -57,7 +57,8 @@ def enable_psa(
         preset: Name of a preset of the model's section in `configs/attention_config.yaml`, a `PSAPreset`, or None for
             the model's default. The section is found from the denoiser's own config.
         config: Path of a YAML with presets of your own, laid over the built-in file.
-        report: Whether to record every call for `psa_report`. Costs a little time; off, it costs nothing.
+        report: Whether to record every call for `psa_report`. Costs a little time, and breaks the graph of a compiled
+            denoiser at each self-attention; off, it costs nothing.
         **overrides: Preset fields by their YAML names: `warmup_steps=0`, `mask_ratios={1: [0, .1], 0: [.1, 1]}`.
 
     Returns:

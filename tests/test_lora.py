@@ -4,12 +4,12 @@ import pytest
 import tiny
 import torch
 from safetensors.torch import save_file
-from tiny import CASES, TINY_BLOCKS
+from tiny import CASES, TINY_PRESET
 
 from psa_diffusers.lora import load_psa_lora
 from psa_diffusers.pipeline import disable_psa, enable_psa
 
-CHOICE = {"block_size": TINY_BLOCKS, "warmup_steps": 1}
+CHOICE = {**TINY_PRESET, "warmup_steps": 1}
 BLOCKS = {"cogvideox": "transformer_blocks", "wan2.1": "blocks", "wan2.2-a14b": "blocks"}
 both = pytest.mark.parametrize("name", ["cogvideox", "wan2.1"])
 

@@ -16,7 +16,7 @@ import tiny
 import torch
 from diffusers import CogVideoXVideoToVideoPipeline, DDPMPipeline, DDPMScheduler, UNet2DModel
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
-from tiny import CASES, TINY_BLOCKS
+from tiny import CASES, TINY_PRESET
 from watch import Watch, expected_steps
 
 from psa_diffusers import attention
@@ -24,6 +24,7 @@ from psa_diffusers.models import cogvideox, wan
 from psa_diffusers.models.registry import families, family_of, find_family, register
 from psa_diffusers.pipeline import disable_psa, enable_psa
 from psa_diffusers.preset import PSAPreset, load_section
+from psa_diffusers.report import psa_report
 
 LAYERS = 2
 each_case = pytest.mark.parametrize("name", CASES)
@@ -46,7 +47,7 @@ def build(name):
 
 
 def enable(pipe, **kwargs):
-    return enable_psa(pipe, **{"block_size": TINY_BLOCKS, "warmup_steps": 0, **kwargs})
+    return enable_psa(pipe, **{**TINY_PRESET, **kwargs})
 
 
 def attentions(pipe):
@@ -599,12 +600,8 @@ def test_too_many_warmup_steps_warn_once_a_call(caplog):
 
 @one_of_each
 def test_settings_by_layer_and_step_are_followed(name, watch):
-    ratios = {1: [0, 0.5], 2: [0.5, 1]}
     pipe = enable(
         build(name),
-        mask_ratios=ratios,
-        mask_mode="topk",
-        use_sim_mask=False,
         dense_layers="0",
         steps={"-1": {"mask_ratios": {1: [0, 1]}}, "0": {"type": "dense"}},
         report=True,
@@ -785,6 +782,32 @@ def test_a_compiled_denoiser_stays_one_graph(name, when, monkeypatch):
     torch._dynamo.reset()
 
 
+def test_blocks_compiled_one_by_one_share_their_graphs():
+    torch._dynamo.reset()
+    pipe = enable(CASES["wan2.1"].build(layers=10), warmup_steps=1)
+    eager = CASES["wan2.1"].run(pipe)
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    pipe.transformer.compile_repeated_blocks(fullgraph=True, backend=backend)
+    assert torch.equal(CASES["wan2.1"].run(pipe), eager)
+    assert len(graphs) == 2  # a dense one and a sparse one for all ten layers
+    torch._dynamo.reset()
+
+
+def test_a_compiled_denoiser_can_be_recorded():
+    torch._dynamo.reset()
+    pipe = enable(build("wan2.1"), warmup_steps=1, report=True)
+    eager, entries = CASES["wan2.1"].run(pipe), psa_report(pipe).records
+    pipe.transformer = torch.compile(pipe.transformer, backend="eager")
+    assert torch.equal(CASES["wan2.1"].run(pipe), eager)
+    assert psa_report(pipe).records == entries
+    torch._dynamo.reset()
+
+
 # presets and families
 
 
@@ -852,7 +875,7 @@ def test_enabling_logs_one_line(caplog):
 
 
 def test_a_preset_object_needs_no_section():
-    preset = PSAPreset(name="mine", mask_ratios={1: [0, 1]}, block_size=TINY_BLOCKS)
+    preset = PSAPreset(name="mine", mask_ratios={1: [0, 1]})
     pipe = enable_psa(build("wan2.1"), preset, warmup_steps=2)
     assert pipe._psa_switch.run.preset == preset.replace(warmup_steps=2)
 

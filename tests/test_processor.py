@@ -7,7 +7,7 @@ import pytest
 import tiny
 import torch
 from diffusers.models.transformers.transformer_wan import WanAttnProcessor
-from tiny import CASES, TINY_BLOCKS
+from tiny import CASES, TINY_PRESET
 from watch import Watch, expected_steps
 
 from psa_diffusers.models.processor import FamilyProcessor, PSAProcessor
@@ -15,7 +15,7 @@ from psa_diffusers.pipeline import disable_psa, enable_psa
 from psa_diffusers.preset import PSAPreset, load_preset
 from psa_diffusers.report import psa_report
 
-CHOICE = {"block_size": TINY_BLOCKS, "warmup_steps": 1}
+CHOICE = {**TINY_PRESET, "warmup_steps": 1}
 
 
 @pytest.fixture
@@ -246,7 +246,7 @@ def _fresh_compiler():
 @pytest.mark.parametrize("was_run", [False, True], ids=["compiled-first", "run-once-before"])
 @pytest.mark.parametrize("in_place", [False, True], ids=["wrapped", "in-place"])
 def test_a_compiled_denoiser_gives_the_same(was_run, in_place):
-    preset = load_preset("default", block_size=TINY_BLOCKS)
+    preset = load_preset("default", **TINY_PRESET)
     denoiser, reference = tiny.wan_transformer(), tiny.wan_transformer()
     for each in (denoiser, reference):
         each.set_attn_processor(PSAProcessor(preset))

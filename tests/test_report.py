@@ -4,7 +4,7 @@ import sys
 
 import pytest
 import torch
-from tiny import CASES, TINY_BLOCKS
+from tiny import CASES, TINY_PRESET
 
 from psa_diffusers.models import processor
 from psa_diffusers.pipeline import disable_psa, enable_psa
@@ -14,7 +14,7 @@ FIELDS = {"step", "denoiser", "layer", "kind", "reason", "density", "tokens", "g
 
 
 def enable(name, **kwargs):
-    return enable_psa(CASES[name].build(), **{"block_size": TINY_BLOCKS, "warmup_steps": 1, "report": True, **kwargs})
+    return enable_psa(CASES[name].build(), **{**TINY_PRESET, "warmup_steps": 1, "report": True, **kwargs})
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -60,19 +60,19 @@ def test_recording_changes_no_bit():
     pipe = enable("cogvideox", report=False)
     silent = CASES["cogvideox"].run(pipe)
     disable_psa(pipe)
-    enable_psa(pipe, block_size=TINY_BLOCKS, warmup_steps=1, report=True)
+    enable_psa(pipe, **{**TINY_PRESET, "warmup_steps": 1}, report=True)
     assert torch.equal(CASES["cogvideox"].run(pipe), silent)
 
 
 def test_density_is_that_of_the_levels_that_ran():
     ratios = {1: [0, 0.5], 2: [0.5, 1]}
-    pipe = enable("wan2.1", mask_ratios=ratios, mask_mode="topk", warmup_steps=0, use_sim_mask=False)
+    pipe = enable("wan2.1", mask_ratios=ratios, warmup_steps=0)
     CASES["wan2.1"].run(pipe, steps=1, grid=(4, 4, 8))  # 8 blocks of 16 keys: 4 in full, 4 at half
     assert {record["density"] for record in psa_report(pipe).records} == {0.75}
 
 
 def test_the_summary_counts_calls_densities_and_reasons():
-    pipe = enable("wan2.2-a14b", mask_ratios={1: [0, 0.5], 2: [0.5, 1]}, mask_mode="topk")
+    pipe = enable("wan2.2-a14b", mask_ratios={1: [0, 0.5], 2: [0.5, 1]})
     CASES["wan2.2-a14b"].run(pipe, grid=(4, 4, 8))
     summary = psa_report(pipe).summary()
     assert summary == str(psa_report(pipe))

@@ -36,8 +36,14 @@ from transformers import (
 
 GRID = (3, 6, 7)
 TEXT_TOKENS = 16
-TINY_BLOCKS = {"m": 16, "n": 16, "tile_n": 16}
-"""So that a few hundred tokens are many blocks."""
+TINY_PRESET = {
+    "block_size": {"m": 16, "n": 16, "tile_n": 16},
+    "mask_ratios": {1: [0, 0.25], 2: [0.25, 0.5], 8: [0.5, 0.75], 0: [0.75, 1]},
+    "mask_mode": "topk",
+    "use_sim_mask": False,
+    "warmup_steps": 0,
+}
+"""Overrides under which a few hundred tokens are many blocks at many factors, whatever the preset files say."""
 
 
 def seeded(make: Callable[..., Any], *args: Any, seed: int = 0, **kwargs: Any) -> Any:

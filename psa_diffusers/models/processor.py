@@ -215,10 +215,16 @@ class FamilyProcessor:
         place = {"grid": site.grid, "text_tokens": text_tokens, "text_first": site.family.text_first}
         if run.recorder is None:
             return psa_attention(q, k, v, self.preset, **place)
+        return self._sparse_noted(q, k, v, place)
+
+    # what is recorded changes with every call: compiled, it would be compiled again and again
+    @torch.compiler.disable
+    def _sparse_noted(self, q: Tensor, k: Tensor, v: Tensor, place: dict[str, Any]) -> Tensor:
         out, schedule = psa_attention(q, k, v, self.preset, **place, return_schedule=True)
         self._note("sparse", "", schedule.density(), q.shape[2])
         return out
 
+    @torch.compiler.disable
     def _note(self, kind: str, reason: str, density: float | Tensor, tokens: int) -> None:
         site = self.site
         site.run.recorder.note(
