@@ -11,6 +11,7 @@ from psa_diffusers.lora import load_psa_lora
 from psa_diffusers.models.processor import PSAProcessor
 from psa_diffusers.pipeline import disable_psa, enable_psa
 from psa_diffusers.preset import PSAPreset, list_presets, load_preset
+from psa_diffusers.recording import record_qkv
 from psa_diffusers.report import psa_report
 from psa_diffusers.warmup import WarmupScheduler
 
@@ -27,4 +28,5 @@ __all__ = [
     "psa_attention",
     "psa_report",
     "pyramid_attention",
+    "record_qkv",
 ]

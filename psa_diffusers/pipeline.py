@@ -70,7 +70,7 @@ def enable_psa(
         ValueError: If there is no such preset, or an override is wrong.
             Whatever is raised, nothing has been changed.
     """
-    found = _denoisers(pipe)
+    found = find_denoisers(pipe)
     _check_free(pipe, found)
     _, denoiser, family = found[0]
     resolved, title = resolve_preset(preset, config, overrides, family=family, denoiser=denoiser, pipe=pipe)
@@ -146,16 +146,16 @@ def set_attn_processor(self: Any, processor: Any) -> None:
         denoiser.set_attn_processor(dict(processor) if isinstance(processor, dict) else processor)
 
 
-def _denoisers(pipe: Any) -> list[tuple[str, nn.Module, Family]]:
+def find_denoisers(pipe: Any) -> list[tuple[str, nn.Module, Family]]:
     """Return name, module and family of the denoisers of a pipeline, compiled ones unwrapped."""
     if isinstance(pipe, nn.Module):
         raise TypeError(
-            f"enable_psa needs a pipeline, got the module {type(pipe).__name__}. For a denoiser alone use "
+            f"PSA needs a pipeline here, got the module {type(pipe).__name__}. For a denoiser alone use "
             "denoiser.set_attn_processor(PSAProcessor(...))"
         )
     components = getattr(pipe, "components", None)
     if not isinstance(components, dict):
-        raise TypeError(f"enable_psa needs a diffusers pipeline, got {type(pipe).__name__}")
+        raise TypeError(f"PSA needs a diffusers pipeline here, got {type(pipe).__name__}")
     modules = [(name, unwrap(part)) for name, part in components.items() if isinstance(part, nn.Module)]
     found = [(name, part, find_family(part)) for name, part in modules]
     found = [(name, part, family) for name, part, family in found if family is not None]

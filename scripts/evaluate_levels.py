@@ -69,6 +69,7 @@ class Case:
     grid: tuple[int, int, int]
     text_tokens: int
     text_first: bool
+    scale: float
 
 
 @dataclass(frozen=True, eq=False)
@@ -130,33 +131,39 @@ def field_cases(args):
                 for seed in args.seeds:
                     for field in args.fields:
                         name = f"{field} {'x'.join(map(str, grid))} D{dim} text{text} seed{seed}"
-                        yield Case(name, *make_field(field, grid, dim, text_tokens=text, seed=seed), grid, text, True)
+                        qkv = make_field(field, grid, dim, text_tokens=text, seed=seed)
+                        yield Case(name, *qkv, grid, text, True, dim**-0.5)
 
 
 def recorded_cases(args):
-    """Heads of a safetensors file whose keys end in q, k and v; its metadata may name the grid."""
+    """Heads of a safetensors file whose keys end in q, k and v; `record_qkv` writes such files, with their places."""
     from safetensors import safe_open
 
     with safe_open(args.qkv, "pt") as file:
         meta = file.metadata() or {}
-        given = args.grid or [int(size) for size in re.findall(r"\d+", meta.get("grid", ""))]
-        text = int(meta.get("text_tokens", 0)) if args.text_tokens is None else args.text_tokens
-        text_first = meta.get("text_first", "true").lower() != "false"
+        places = {record["key"]: record for record in json.loads(meta.get("records", "[]"))}
+        of_file = {
+            "grid": args.grid or [int(size) for size in re.findall(r"\d+", meta.get("grid", ""))],
+            "text_tokens": int(meta.get("text_tokens", 0)) if args.text_tokens is None else args.text_tokens,
+            "text_first": meta.get("text_first", "true").lower() != "false",
+        }
         stems = sorted(key[: -len("q")] for key in file.keys() if re.fullmatch(r"(.*\.)?q", key))
         if not stems:
             sys.exit(f"{args.qkv}: expected keys that end in q, k and v, such as layer0.q; got {list(file.keys())[:5]}")
         number = 0
         for stem in stems:
             q, k, v = (file.get_tensor(stem + part).float() for part in "qkv")
-            if len(given) != 3 or math.prod(given) + text != q.shape[2]:
+            place = {"scale": q.shape[-1] ** -0.5, **of_file, **places.get(stem, {})}
+            grid, text = tuple(place["grid"]), place["text_tokens"]
+            if len(grid) != 3 or math.prod(grid) + text != q.shape[2]:
                 sys.exit(
-                    f"{args.qkv}: {q.shape[2]} tokens do not match grid {given} and {text} text tokens; "
+                    f"{args.qkv}: {q.shape[2]} tokens do not match grid {list(grid)} and {text} text tokens; "
                     "pass --grid FRAMES HEIGHT WIDTH and --text_tokens"
                 )
             for b, h in ((b, h) for b in range(q.shape[0]) for h in range(q.shape[1])):
                 if args.part in (None, ("even", "odd")[number % 2]):
                     head = (x[b : b + 1, h : h + 1] for x in (q, k, v))
-                    yield Case(f"{stem}{b}.{h}", *head, tuple(given), text, text_first)
+                    yield Case(f"{stem}{b}.{h}", *head, grid, text, place["text_first"], place["scale"])
                 number += 1
 
 
@@ -175,7 +182,7 @@ def lay_out(case: Case, preset: PSAPreset) -> Layout:
 
 def dense_truth(case: Case, layout: Layout, sampled_queries: int) -> Truth:
     """Dense attention for evenly spread query blocks that hold about ``sampled_queries`` queries."""
-    scale = case.q.shape[-1] ** -0.5
+    scale = case.scale
     video = layout.video_query_blocks
     count = min(video, max(1, sampled_queries // layout.block_m))
     blocks = torch.linspace(0, video, 2 * count + 1)[1::2].long().unique()
@@ -217,7 +224,7 @@ def run_method(case: Case, method: Method, truths: dict, pyramids: dict, sampled
     truth = truths[layout]
     if preset.type == "dense":
         return measure(truth.out, truth, density=1.0, shares={1: 1.0})
-    scale = case.q.shape[-1] ** -0.5
+    scale = case.scale
     key = (layout, preset.factors, preset.key_variance, preset.value_tilt)
     if key not in pyramids:
         pyramids[key] = build_pyramid(

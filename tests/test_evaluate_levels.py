@@ -80,3 +80,20 @@ def test_recorded_heads_are_read_with_their_grid(tmp_path, rng):
     lines = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
     assert {line["case"] for line in lines} == {"layer0.0.1"}
     assert all(torch.isfinite(torch.tensor(line["relative_l1"])) for line in lines)
+
+
+def test_what_a_pipeline_recorded_is_read_without_a_word(tmp_path):
+    from tiny import CASES
+
+    from psa_diffusers import record_qkv
+
+    pipe = CASES["cogvideox"].build()
+    with torch.no_grad(), record_qkv(pipe, tmp_path / "qkv.safetensors", steps=0, heads=0):
+        CASES["cogvideox"].run(pipe, grid=(4, 8, 8), steps=1)
+        CASES["cogvideox"].run(pipe, grid=(3, 7, 8), steps=1)
+    args = ("--qkv", tmp_path / "qkv.safetensors", "--densities", "0.3", "--json", tmp_path / "out.jsonl")
+    done = run_script(*args)
+    assert done.returncode == 0, done.stderr
+    lines = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert len({line["case"] for line in lines}) == 2 * 2 * 2, "calls, layers, branches"
+    assert all(line["relative_l1"] == 0 for line in lines if line["method"] == "dense")
