@@ -1,12 +1,14 @@
 """Orders in which the tokens of a video can stand, so that consecutive tokens are close in space and time."""
 
 from collections.abc import Iterator
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
 # boxes of 4 x 8 x 4 tokens, halved again and again: height, frames, height, width, height, frames, width
 _BOX = (4, 8, 4)
+_BOX_TOKENS = 128
 _BOX_BITS = ((1, 2), (0, 1), (1, 1), (2, 1), (1, 0), (0, 0), (2, 0))
 
 ORDERS = ("raster", "gilbert", "tiles", "boxes")
@@ -18,7 +20,7 @@ def video_order(grid: tuple[int, int, int], order: str, tile_size: tuple[int, in
     Args:
         grid: ``(frames, height, width)`` in tokens; any positive sizes.
         order: ``raster`` (as diffusers lays tokens out), ``gilbert`` (a Hilbert curve for any cuboid), ``tiles``
-            (raster of small raster tiles) or ``boxes`` (boxes of 4 x 8 x 4 tokens, halved hierarchically inside).
+            (raster of small raster tiles) or ``boxes`` (compact boxes of 128 tokens, halved hierarchically inside).
         tile_size: Tokens of a tile ``(frames, height, width)``; used by ``tiles`` only.
 
     Returns:
@@ -39,6 +41,8 @@ def video_order(grid: tuple[int, int, int], order: str, tile_size: tuple[int, in
     place = torch.meshgrid(*(torch.arange(size) for size in grid), indexing="ij")
     if order == "tiles":
         return _sort_nested(place, grid, tile_size, inside=_raster_inside(place, tile_size))
+    if order == "boxes" and any(size % box for size, box in zip(grid, _BOX, strict=True)):
+        return _ragged_boxes(place, grid)
     if order == "boxes":
         inside = torch.zeros_like(place[0])
         for axis, bit in _BOX_BITS:
@@ -60,6 +64,96 @@ def _sort_nested(
     rows, columns = -(-grid[1] // tile[1]), -(-grid[2] // tile[2])
     outer = (t * rows + y) * columns + x
     return (outer * tile[0] * tile[1] * tile[2] + inside).flatten().argsort(stable=True)
+
+
+def _ragged_boxes(place: tuple[Tensor, ...], grid: tuple[int, int, int]) -> Tensor:
+    """Boxes of 128 tokens for a grid that does not divide by them: no box is short but the last.
+
+    Boxes cut off at the border would shift the blocks behind them, which are cut at every 128th token. So the video is
+    cut by counting, not by coordinates: into slabs of frames, those into bars of rows, those into boxes of columns. A
+    plane of tokens that a cut falls in is shared by its two sides. Of several divisions the one with the most compact
+    boxes wins.
+    """
+    points = torch.stack(place, -1).reshape(-1, 3)
+    orders = [_cut_in_boxes(points, slabs, bars) for slabs, bars in _divisions(grid)]
+    return _halve(min(orders, key=lambda order: _spread(points[order])), points)
+
+
+def _divisions(grid: tuple[int, int, int]) -> Iterator[tuple[int, int]]:
+    """Numbers of slabs, and of bars in a slab, that make boxes of nearly equal edges."""
+    frames, height, width = grid
+    for slabs in _around(frames / _equal_edge(_BOX_TOKENS, grid)):
+        for bars in _around(height / _equal_edge(_BOX_TOKENS * slabs / frames, (height, width))):
+            yield slabs, bars
+
+
+def _equal_edge(tokens: float, sizes: tuple[int, ...]) -> float:
+    """Edge of the most equal-sided box of so many tokens along the first axis, no edge longer than its axis."""
+    for place, size in enumerate(sorted(sizes)):
+        edge = tokens ** (1 / (len(sizes) - place))
+        if size >= edge or size == sizes[0]:
+            return min(edge, size)
+        tokens /= size
+    return sizes[0]
+
+
+def _around(count: float) -> range:
+    return range(max(1, round(count) - 1), round(count) + 2)
+
+
+def _cut_in_boxes(points: Tensor, slabs: int, bars: int) -> Tensor:
+    """Order of the tokens ``[L]`` in which every run of 128 is a box."""
+    frame, row, column = points.unbind(1)
+    boxes = -(-len(points) // _BOX_TOKENS)
+    slab_ends = [boxes * slab // slabs for slab in range(slabs + 1)]
+    slab = _cut(_sorted_by(frame, row, column), slab_ends)
+    bar_ends = [0]
+    for start, stop in pairwise(slab_ends):
+        bar_ends += [start + (stop - start) * (bar + 1) // bars for bar in range(bars)]
+    bar = _cut(_sorted_by(slab, row, frame, column), bar_ends)
+    return _sorted_by(bar, column, row, frame)
+
+
+def _cut(order: Tensor, ends: list[int]) -> Tensor:
+    """Number of the piece of each token, when pieces of the order end after so many boxes: ``[L]``."""
+    piece = torch.empty_like(order)
+    inner = torch.tensor(ends[1:-1], dtype=torch.long) * _BOX_TOKENS
+    piece[order] = torch.searchsorted(inner, torch.arange(len(order)), right=True)
+    return piece
+
+
+def _sorted_by(*keys: Tensor) -> Tensor:
+    """Indices that sort by the first key, equal ones by the next."""
+    joined = torch.zeros_like(keys[0])
+    for key in keys:
+        joined = joined * (int(key.max()) + 1) + key
+    return joined.argsort(dim=-1, stable=True)
+
+
+def _spread(points: Tensor) -> float:
+    """Mean squared distance of tokens to the middle of their run of 128."""
+    points = points[: max(len(points) // _BOX_TOKENS, 1) * _BOX_TOKENS].float()
+    runs = points.view(-1, min(_BOX_TOKENS, len(points)), 3)
+    return float((runs - runs.mean(1, keepdim=True)).square().sum(-1).mean())
+
+
+def _halve(order: Tensor, points: Tensor) -> Tensor:
+    """Inside each run of 128, put the halves across the longest edge one behind the other; again inside the halves."""
+    lanes = torch.nn.functional.pad(order, (0, -len(order) % _BOX_TOKENS), value=-1)
+    largest = int(points.max()) + 1
+    size = _BOX_TOKENS
+    while size > 1:
+        lanes = lanes.view(-1, size)
+        empty = (lanes < 0)[..., None]
+        place = points[lanes.clamp_min(0)]
+        edges = place.masked_fill(empty, -1).amax(1) - place.masked_fill(empty, largest).amin(1)
+        longest_first = edges.argsort(dim=1, descending=True, stable=True)  # of equal edges, frames first
+        keys = place.gather(2, longest_first[:, None].expand(-1, size, 3)).masked_fill(empty, largest)
+        joined = (keys[..., 0] * (largest + 1) + keys[..., 1]) * (largest + 1) + keys[..., 2]
+        lanes = lanes.gather(1, joined.argsort(dim=1, stable=True))
+        size //= 2
+    lanes = lanes.flatten()
+    return lanes[lanes >= 0]
 
 
 # An edge of a box is (axis, signed length): every edge is parallel to an axis.

@@ -52,6 +52,36 @@ def test_boxes_are_nested():
         assert (cells.amax(1) - cells.amin(1) + 1 == torch.tensor(extent)).all()
 
 
+RAGGED = [(13, 30, 45), (7, 19, 23), (21, 30, 52), (1, 30, 52), (400, 3, 5), (13, 24, 40), (2, 3, 300)]
+
+
+def spread(grid, order, size):
+    """Mean squared distance of tokens to the middle of the cell of `size` tokens they stand in."""
+    tokens = video_order(grid, order)
+    tokens = tokens[: len(tokens) // size * size]
+    place = torch.stack([tokens // (grid[1] * grid[2]), tokens // grid[2] % grid[1], tokens % grid[2]], 1).float()
+    cells = place.view(-1, size, 3)
+    return float((cells - cells.mean(1, keepdim=True)).square().sum(-1).mean())
+
+
+@pytest.mark.parametrize("grid", RAGGED)
+def test_boxes_are_compact_on_grids_that_do_not_divide(grid):
+    # a box of 4 x 8 x 4 has 7.75; boxes cut off at the border, with what follows shifted, had 46 at 13 x 30 x 45
+    for size in (128, 64, 32):
+        assert spread(grid, "boxes", size) <= 1.02 * spread(grid, "gilbert", size)
+    if min(grid) > 4:
+        assert spread(grid, "boxes", 128) < 7.75
+
+
+def test_ragged_boxes_are_nested_halves():
+    tokens = video_order((13, 30, 45), "boxes")[: 137 * 128]
+    place = torch.stack([tokens // 1350, tokens // 45 % 30, tokens % 45], 1)
+    for size in (64, 32, 16, 8, 4, 2):
+        first, second = place.view(-1, 2, size, 3).unbind(1)
+        apart = (first.amax(1) <= second.amin(1)).any(1)
+        assert apart.all(), "a plane separates the halves of every cell"
+
+
 def test_an_unknown_order_lists_the_known_ones():
     with pytest.raises(ValueError, match="raster, gilbert, tiles, boxes"):
         video_order((2, 2, 2), "hilbert")
