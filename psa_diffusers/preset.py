@@ -48,7 +48,8 @@ FACTORS = (0, 1, 2, 4, 8, 16, 32, 64, 128)
 TYPES = ("psa", "dense")
 REARRANGE_METHODS = ("Gilbert", "tiles", "boxes")
 MASK_MODES = ("thresholdbound", "topk")
-IMPORTANCE_METHODS = ("pooled_mass", "sampled_max")
+IMPORTANCE_METHODS = ("pooled_mass", "pooled_moments", "sampled_max")
+TILT_GAINS = ("full", "sampled")
 
 # 10 % of the key blocks in full, 5 % at half, 20 % at an eighth of their keys, the others skipped: density 0.15
 _DEFAULT_RATIOS = ((1, 0.10), (2, 0.15), (8, 0.35), (0, 1.0))
@@ -122,9 +123,11 @@ class PSAPreset:
         text_length: Text tokens; None reads it from what runs.
         verbose: Log at INFO instead of DEBUG what was enabled.
         attn_impl: Choice of a kernel in the original project. Accepted and ignored: there is one kernel.
-        importance: Estimator: `pooled_mass` (cheap) or `sampled_max` (of the paper).
+        importance: Estimator: `pooled_mass` (cheap), `pooled_moments` (the same with the variance of the scores within
+            a key cell; as cheap) or `sampled_max` (of the paper).
         key_variance: Correct the logit of a pooled cell for the spread of its keys.
         value_tilt: Correct the output for the covariance of keys and values inside the cells.
+        tilt_gain: How much of the tilt: `full`, or `sampled`, a number from 0 to 1 fitted to each head.
         min_full_ratio: Smallest share of key blocks at factor 1 in `thresholdbound`.
         refresh_every: Denoising steps for which one level map is used.
 
@@ -155,6 +158,7 @@ class PSAPreset:
     importance: str = "pooled_mass"
     key_variance: bool = False
     value_tilt: bool = False
+    tilt_gain: str = "full"
     min_full_ratio: float = 0.06
     refresh_every: int = 1
 
@@ -164,6 +168,7 @@ class PSAPreset:
             ("rearrange_method", REARRANGE_METHODS),
             ("mask_mode", MASK_MODES),
             ("importance", IMPORTANCE_METHODS),
+            ("tilt_gain", TILT_GAINS),
         ):
             value = getattr(self, key)
             if value not in choices:

@@ -25,6 +25,7 @@ def oracle_attention(
     scale=None,
     key_variance=False,
     value_tilt=False,
+    tilt_gain=None,
     cap=4.0,
     order=None,
     segments=None,
@@ -34,6 +35,7 @@ def oracle_attention(
 
     order: token indices in the sequence in which they are cut into blocks (as they stand by default).
     segments: lengths of the segments of `order`; each starts a new block.
+    tilt_gain: [B, H] factor of the value tilt; 1 by default.
     dtype: float64 for the truth. In a lower precision the same arithmetic shows how much rounding costs.
     """
     q, k, v = (x.detach().to(dtype) for x in (q, k, v))
@@ -73,7 +75,8 @@ def oracle_attention(
                             share = sum(float(w) for w, (_, f) in zip(weights, cells, strict=True) if f == factor)
                             if factor not in tilt:
                                 tilt[factor] = within_cell_covariance(k[b, h], v[b, h], key_blocks, block_n, factor)
-                            out[b, h, r] += scale * share * (q[b, h, r] @ tilt[factor])
+                            gain = 1.0 if tilt_gain is None else float(tilt_gain[b, h])
+                            out[b, h, r] += gain * scale * share * (q[b, h, r] @ tilt[factor])
     return out
 
 
@@ -94,7 +97,7 @@ def cut(order, segments, block):
 
 
 def oracle_importance(q, k, method, block_m, block_n, *, scale=None, order=None, segments=None):
-    """Importance of every key block for every query block: ``pooled_mass`` or ``sampled_max``."""
+    """Importance of every key block for every query block: pooled_mass, pooled_moments or sampled_max."""
     q, k = q.detach().double(), k.detach().double()
     B, H, L, D = q.shape
     scale = 1 / math.sqrt(D) if scale is None else scale
@@ -105,29 +108,74 @@ def oracle_importance(q, k, method, block_m, block_n, *, scale=None, order=None,
     width = min(16, block_m, block_n)
     for b in range(B):
         for h in range(H):
-            if method == "pooled_mass":
+            if method != "sampled_max":
                 groups_q = [[block[s : s + width] for s in range(0, len(block), width)] for block in query_blocks]
                 groups_k = [[block[s : s + width] for s in range(0, len(block), width)] for block in key_blocks]
             else:
                 groups_q = [[[token] for token in block[::4]] for block in query_blocks]
                 groups_k = [[[token] for token in block[::4]] for block in key_blocks]
+            shape = key_shape(k[b, h], groups_k, width, block_n)
             for i, rows in enumerate(groups_q):
                 block_rows = []
                 for row in rows:
-                    query = q[b, h, row].mean(0)
-                    scores = [
-                        [len(cell) * math.exp(scale * float(query @ k[b, h, cell].mean(0))) for cell in cells]
-                        for cells in groups_k
-                    ]
+                    query, first = q[b, h, row].mean(0), q[b, h, row[0]]
+                    variance = float(first @ shape @ first) if method == "pooled_moments" else 0.0
+
+                    def weight(cell, query=query, variance=variance):
+                        score = scale * float(query @ k[b, h, cell].mean(0))  # noqa: B023 - called in this turn
+                        spread = float(k[b, h, cell].var(0, unbiased=False).sum())  # noqa: B023
+                        return len(cell) * math.exp(score + min(0.5 * scale**2 * variance * spread, 8.0))
+
+                    scores = [[weight(cell) for cell in cells] for cells in groups_k]
                     total = sum(map(sum, scores))
-                    reduce = sum if method == "pooled_mass" else max
+                    reduce = max if method == "sampled_max" else sum
                     block_rows.append((len(row), [reduce(cells) / total for cells in scores]))
                 for j in range(len(key_blocks)):
-                    if method == "pooled_mass":
+                    if method != "sampled_max":
                         out[b, h, i, j] = sum(n * s[j] for n, s in block_rows) / sum(n for n, _ in block_rows)
                     else:
                         out[b, h, i, j] = max(s[j] for _, s in block_rows)
     return out
+
+
+def key_shape(k, groups, width, block_n):
+    """Sum of the covariances of every sixteenth cell of all lanes, divided by its trace."""
+    total = torch.zeros(k.shape[1], k.shape[1], dtype=k.dtype)
+    lanes_a_block = block_n // width
+    for j, cells in enumerate(groups):
+        for c, cell in enumerate(cells):
+            if (j * lanes_a_block + c) % 16 == 0:
+                away = k[cell] - k[cell].mean(0)
+                total += away.T @ away
+    return total / total.trace() if total.trace() > 0 else total
+
+
+def oracle_tilt_gain(q, k, v, block_n, *, scale=None, order=None, video_tokens=None, block_m=None):
+    """Slope, through the origin, of true on expected shifts of values in sampled pairs of queries and blocks."""
+    q, k, v = (x.detach().double() for x in (q, k, v))
+    B, H, L, D = q.shape
+    scale = 1 / math.sqrt(D) if scale is None else scale
+    order = list(range(L)) if order is None else [int(t) for t in order]
+    video = order[: L if video_tokens is None else video_tokens]
+    queries = video[::512]
+    blocks = cut(video, [len(video)], block_n)[::16]
+    gain = torch.zeros(B, H, dtype=torch.double)
+    for b in range(B):
+        for h in range(H):
+            covariance = torch.zeros(D, D, dtype=torch.double)
+            for block in blocks:
+                away = k[b, h, block] - k[b, h, block].mean(0), v[b, h, block] - v[b, h, block].mean(0)
+                covariance += away[0].T @ away[1] / sum(map(len, blocks))
+            product = square = 0.0
+            for r in queries:
+                expected = scale * (q[b, h, r] @ covariance)
+                for block in blocks:
+                    weights = (scale * (k[b, h, block] @ q[b, h, r])).softmax(0)
+                    true = weights @ v[b, h, block] - v[b, h, block].mean(0)
+                    product += float(true @ expected)
+                    square += float(expected @ expected)
+            gain[b, h] = min(max(product / square, 0.0), 1.0) if square else 0.0
+    return gain
 
 
 def oracle_levels(importance, levels, mode, min_full_ratio=0.06):

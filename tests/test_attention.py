@@ -86,22 +86,24 @@ def test_assign_levels_refuses_an_unknown_mode():
 BROKEN = [(name, value, place) for name in "qkv" for value in (torch.nan, torch.inf, -torch.inf) for place in (0, 100)]
 
 
-@pytest.mark.parametrize("importance", ["pooled_mass", "sampled_max"])
+@pytest.mark.parametrize("importance", ["pooled_mass", "pooled_moments", "sampled_max"])
 @pytest.mark.parametrize(("name", "value", "place"), BROKEN)
 def test_broken_numbers_come_out_where_dense_attention_has_them(name, value, place, importance, rng):
     tensors = dict(zip("qkv", qkv(rng), strict=True))
     tensors[name][0, 1, place, 3] = value
-    preset = PRESET.replace(importance=importance, key_variance=True, value_tilt=True)
+    gain = "sampled" if importance == "pooled_moments" else "full"
+    preset = PRESET.replace(importance=importance, key_variance=True, value_tilt=True, tilt_gain=gain)
     out = psa_attention(**tensors, preset=preset, grid=GRID, backend="torch")
     dense = F.scaled_dot_product_attention(*(tensors[n].double() for n in "qkv"))
     assert torch.equal(out.isnan(), dense.isnan())
     assert torch.isfinite(out[0, 0]).all(), "the other head is not touched"
 
 
-def test_two_calls_are_bit_equal_and_leave_the_random_state(rng):
+@pytest.mark.parametrize("importance", ["pooled_moments", "sampled_max"])
+def test_two_calls_are_bit_equal_and_leave_the_random_state(importance, rng):
     q, k, v = qkv(rng)
     before = torch.random.get_rng_state()
-    preset = PRESET.replace(importance="sampled_max", key_variance=True, value_tilt=True)
+    preset = PRESET.replace(importance=importance, key_variance=True, value_tilt=True, tilt_gain="sampled")
     first, second = (psa_attention(q, k, v, preset, grid=GRID) for _ in range(2))
     assert torch.equal(first, second)
     assert torch.equal(before, torch.random.get_rng_state())

@@ -188,7 +188,12 @@ def test_ratios_that_do_not_cover_the_blocks_are_refused(ratios, message):
         pytest.param({"mask_mode": "top_k"}, "mask_mode must be one of thresholdbound, topk.*mean 'topk'", id="mode"),
         pytest.param({"type": "sparse"}, "type must be one of dense, psa", id="type"),
         pytest.param({"rearrange_method": "gilbert"}, "rearrange_method.*Did you mean 'Gilbert'", id="order"),
-        pytest.param({"importance": "mass"}, "importance must be one of pooled_mass, sampled_max", id="importance"),
+        pytest.param(
+            {"importance": "mass"},
+            "importance must be one of pooled_mass, pooled_moments, sampled_max",
+            id="importance",
+        ),
+        pytest.param({"tilt_gain": "half"}, "tilt_gain must be one of full, sampled, got 'half'", id="gain"),
         pytest.param({"warmup_steps": -1}, "warmup_steps must be an integer of at least 0, got -1", id="negative"),
         pytest.param({"warmup_steps": 1.5}, "warmup_steps.*Integer", id="fraction"),
         pytest.param({"warmup_steps": True}, "warmup_steps.*Integer", id="bool-as-int"),

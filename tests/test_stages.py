@@ -9,7 +9,7 @@ from psa_diffusers import assign_levels, psa_attention, pyramid_attention
 from psa_diffusers.layout import flat_layout, make_layout
 from psa_diffusers.orders import video_order
 from psa_diffusers.preset import PSAPreset
-from psa_diffusers.stages import block_importance, build_pyramid, key_cosine_cap, make_schedule
+from psa_diffusers.stages import block_importance, build_pyramid, fit_tilt, key_cosine_cap, make_schedule, tilt_gain
 from psa_diffusers.stages.levels import assign_ranked_levels
 
 ALL_FACTORS = (0, 1, 2, 4, 8, 16, 32, 64, 128)
@@ -114,8 +114,8 @@ def test_views_are_read_in_place(rng):
     assert torch.equal(out, pyramid_attention(*(x.contiguous() for x in spread), level_map, **kwargs))
 
 
-@pytest.mark.parametrize("method", ["pooled_mass", "sampled_max"])
-@pytest.mark.parametrize(("m", "n"), [(32, 32), (64, 16), (16, 64)])
+@pytest.mark.parametrize("method", ["pooled_mass", "pooled_moments", "sampled_max"])
+@pytest.mark.parametrize(("m", "n"), [(32, 32), (64, 16), (16, 64), (8, 8)])
 def test_importance_is_the_definition(method, m, n, rng):
     q, k, _ = random_qkv(rng, 1, 2, 150, 16)
     layout = make_layout((2, 7, 10), 10, True, m, n, "raster", (1, 1, 1), q.device)
@@ -126,10 +126,93 @@ def test_importance_is_the_definition(method, m, n, rng):
     assert max_error(block_importance(q, k, layout, method, 0.25), truth) < 1e-5
 
 
-def test_pooled_mass_of_a_row_sums_to_one(rng):
+@pytest.mark.parametrize("method", ["pooled_mass", "pooled_moments"])
+def test_pooled_mass_of_a_row_sums_to_one(method, rng):
     q, k, _ = random_qkv(rng, 1, 1, 130, 16)
-    importance = block_importance(q, k, flat_layout(130, 64, 32, q.device), "pooled_mass", 0.25)
+    importance = block_importance(q, k, flat_layout(130, 64, 32, q.device), method, 0.25)
     torch.testing.assert_close(importance.sum(-1), torch.ones(1, 1, 3))
+
+
+def test_moments_see_a_block_whose_keys_cancel(rng):
+    # keys of block 8 point both ways along the query: their mean is 0, half of them score high
+    k = 0.1 * torch.randn(1, 1, 512, 16, generator=rng)
+    direction = torch.ones(16)
+    k[:, :, 256:288] += 2 * direction * torch.tensor([1.0, -1.0]).repeat(16)[:, None]
+    q = direction.expand(1, 1, 512, 16)
+    layout = flat_layout(512, 32, 32, k.device)
+    blind, seeing = (
+        block_importance(q, k, layout, method, 0.25)[0, 0, 0] for method in ("pooled_mass", "pooled_moments")
+    )
+    assert blind[8] < 0.2
+    assert seeing[8] > 0.9
+
+
+def test_moments_are_bounded_and_equal_keys_have_none(rng):
+    q, k, _ = random_qkv(rng, 1, 2, 192, 16)
+    layout = flat_layout(192, 32, 32, k.device)
+    wild = k.clone()
+    wild[:, :, 7] = 1e4
+    importance = block_importance(q, wild, layout, "pooled_moments", 0.25)
+    assert torch.isfinite(importance).all()
+    equal = k[:, :, ::16].repeat_interleave(16, 2)
+    first = q[:, :, ::16].repeat_interleave(16, 2)
+    torch.testing.assert_close(
+        block_importance(first, equal, layout, "pooled_moments", 0.25),
+        block_importance(first, equal, layout, "pooled_mass", 0.25),
+    )
+
+
+@pytest.mark.parametrize(("m", "n"), [(32, 16), (16, 64)])
+def test_tilt_gain_is_the_definition(m, n, rng):
+    q, k, v = random_qkv(rng, 1, 3, 1130, 16)
+    q = q * torch.tensor([0.3, 3.0, 20.0])[:, None, None]  # from linear to saturated
+    v = v + k  # values follow the keys
+    layout = make_layout((5, 15, 15), 5, True, m, n, "gilbert", (1, 1, 1), q.device)
+    q, k, v = (x[:, :, : 5 * 15 * 15 + 5] for x in (q, k, v))
+    order = [*(video_order((5, 15, 15), "gilbert") + 5).tolist(), *range(5)]
+    truth = oracle.oracle_tilt_gain(q, k, v, n, scale=0.25, order=order, video_tokens=1125)
+    assert max_error(tilt_gain(q.double(), k.double(), v.double(), layout, 0.25), truth) < 1e-12
+    assert max_error(tilt_gain(q, k, v, layout, 0.25), truth) < 1e-5
+    assert truth[0, 0] > 1.5 * truth[0, 1] > 2 * truth[0, 2] > 0, "the case must tell heads apart"
+
+
+def test_tilt_gain_ignores_what_is_not_finite(rng):
+    q, k, v = random_qkv(rng, 1, 1, 1130, 16)
+    layout = flat_layout(1130, 32, 32, q.device)
+    clean = tilt_gain(q, k, v + k, layout, 0.25)
+    q[:, :, 512] = torch.nan
+    assert 0.5 < tilt_gain(q, k, v + k, layout, 0.25) / clean < 2
+    k[:, :, 5] = torch.inf
+    assert torch.isfinite(tilt_gain(q, k, v + k, layout, 0.25)).all()
+
+
+def test_the_whole_flow_with_moments_and_a_fitted_tilt(rng):
+    preset = PSAPreset(
+        block_size={"m": 32, "n": 32},
+        mask_ratios={1: [0, 0.1], 8: [0.1, 0.5], 32: [0.5, 1]},
+        importance="pooled_moments",
+        key_variance=True,
+        value_tilt=True,
+        tilt_gain="sampled",
+    )
+    q, k, v = random_qkv(rng, 1, 2, 330, 16)
+    q, v = q * torch.tensor([1.0, 6.0])[:, None, None], v + k
+    out, schedule = psa_attention(q, k, v, preset, backend="torch", return_schedule=True)
+    gain = oracle.oracle_tilt_gain(q, k, v, 32)
+    case = {"level_map": schedule.to_level_map(), "block_m": 32, "block_n": 32, "key_variance": True}
+    truth = oracle.oracle_attention(q, k, v, value_tilt=True, tilt_gain=gain, **case)
+    full = oracle.oracle_attention(q, k, v, value_tilt=True, **case)
+    assert max_error(out, truth) < 1e-5 * float(truth.abs().max() + 1)
+    assert max_error(full, truth) > 1e-2, "the gain must matter here"
+
+
+def test_a_gain_scales_the_covariance_of_its_head_alone(rng):
+    q, k, v = random_qkv(rng, 2, 3, 600, 16)
+    layout = flat_layout(600, 32, 32, q.device)
+    pyramid = build_pyramid(k, v + k, layout, (1, 4, 32), value_tilt=True)
+    fitted, gain = fit_tilt(pyramid, q, k, v + k, layout, 0.25), tilt_gain(q, k, v + k, layout, 0.25)
+    torch.testing.assert_close(fitted.covariance, pyramid.covariance * gain[:, :, None, None, None])
+    assert fitted.keys is pyramid.keys
 
 
 LEVELS = [

@@ -3,7 +3,18 @@
 from psa_diffusers.stages.attend import attend
 from psa_diffusers.stages.importance import block_importance
 from psa_diffusers.stages.levels import assign_block_levels, key_cosine_cap
+from psa_diffusers.stages.moments import fit_tilt, moment_importance, tilt_gain
 from psa_diffusers.stages.pyramid import build_pyramid
 from psa_diffusers.stages.schedule import make_schedule
 
-__all__ = ["assign_block_levels", "attend", "block_importance", "build_pyramid", "key_cosine_cap", "make_schedule"]
+__all__ = [
+    "assign_block_levels",
+    "attend",
+    "block_importance",
+    "build_pyramid",
+    "fit_tilt",
+    "key_cosine_cap",
+    "make_schedule",
+    "moment_importance",
+    "tilt_gain",
+]
