@@ -31,8 +31,16 @@ from tqdm import tqdm
 from psa_diffusers import PSAPreset, list_presets, load_preset
 from psa_diffusers.layout import Layout, make_layout
 from psa_diffusers.preset import KEY_VARIANCE_CAP
-from psa_diffusers.stages import assign_block_levels, attend, block_importance, build_pyramid, make_schedule
+from psa_diffusers.stages import (
+    assign_block_levels,
+    attend,
+    block_importance,
+    build_pyramid,
+    fit_tilt,
+    make_schedule,
+)
 from psa_diffusers.stages.importance import reduce_scores
+from psa_diffusers.stages.pyramid import Pyramid
 
 PUBLISHED = ((1, 0.10), (2, 0.15), (8, 0.35), (0, 1.0))
 DENSITIES = (0.05, 0.07, 0.10, 0.15, 0.20)
@@ -225,16 +233,7 @@ def run_method(case: Case, method: Method, truths: dict, pyramids: dict, sampled
     if preset.type == "dense":
         return measure(truth.out, truth, density=1.0, shares={1: 1.0})
     scale = case.scale
-    key = (layout, preset.factors, preset.key_variance, preset.value_tilt)
-    if key not in pyramids:
-        pyramids[key] = build_pyramid(
-            case.k,
-            case.v,
-            layout,
-            preset.factors,
-            key_variance=preset.key_variance,
-            value_tilt=preset.value_tilt,
-        )
+    pyramid = pyramid_of(case, preset, layout, pyramids)
     key = (layout, preset.importance, method.published_estimator)
     if key not in pyramids:
         pyramids[key] = (
@@ -252,7 +251,7 @@ def run_method(case: Case, method: Method, truths: dict, pyramids: dict, sampled
         case.q,
         case.k,
         case.v,
-        pyramids[(layout, preset.factors, preset.key_variance, preset.value_tilt)],
+        pyramid,
         make_schedule(sampled, preset.factors, preset.block_n),
         layout,
         scale=scale,
@@ -261,6 +260,17 @@ def run_method(case: Case, method: Method, truths: dict, pyramids: dict, sampled
     levels = level_map[0, 0, truth.blocks]
     shares = {factor: float((truth.mass * (levels == factor)).sum(1).mean()) for factor in (*preset.factors, 0)}
     return measure(out, truth, density=float(density), shares=shares)
+
+
+def pyramid_of(case: Case, preset: PSAPreset, layout: Layout, made: dict) -> Pyramid:
+    """The pyramid of a preset, made once for all methods that share it."""
+    terms = {"key_variance": preset.key_variance, "value_tilt": preset.value_tilt}
+    key = (layout, preset.factors, *terms.values(), preset.tilt_gain)
+    if key not in made:
+        made[key] = build_pyramid(case.k, case.v, layout, preset.factors, **terms)
+        if preset.value_tilt and preset.tilt_gain == "sampled":
+            made[key] = fit_tilt(made[key], case.q, case.k, case.v, layout, case.scale)
+    return made[key]
 
 
 def measure(out: Tensor, truth: Truth, *, density: float, shares: dict[int, float]) -> dict:
