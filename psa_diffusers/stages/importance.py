@@ -4,10 +4,11 @@ import torch
 from torch import Tensor
 
 from psa_diffusers.layout import Layout
-from psa_diffusers.stages.moments import moment_importance
 
 POOLED_CELL = 16  # queries and keys a cell of pooled_mass
 SAMPLE_STRIDE = 4  # sampled_max looks at every fourth token
+
+_POOLED = 2**17  # numbers pooled at a time: half a MiB of float32 stays in the caches between the operators
 
 
 def block_importance(q: Tensor, k: Tensor, layout: Layout, method: str, scale: float) -> Tensor:
@@ -21,7 +22,7 @@ def block_importance(q: Tensor, k: Tensor, layout: Layout, method: str, scale: f
         q: Queries ``[B, H, L, D]``, tokens as the model has them; any strides.
         k: Keys ``[B, H, L, D]``.
         layout: Where tokens stand.
-        method: ``pooled_mass``, ``sampled_max``, or ``pooled_moments`` (see `moment_importance`).
+        method: ``pooled_mass`` or ``sampled_max``.
         scale: Softmax scale.
 
     Returns:
@@ -30,8 +31,6 @@ def block_importance(q: Tensor, k: Tensor, layout: Layout, method: str, scale: f
     Source: ``sampled_max`` is the estimator of arXiv:2512.04025, section 3 (the official code computes another).
         Differs: the sample is strided, not random, so nothing depends on a random generator. ``pooled_mass`` is ours.
     """
-    if method == "pooled_moments":
-        return moment_importance(q, k, layout, scale)
     pooled = method == "pooled_mass"
     width = min(POOLED_CELL, layout.block_m, layout.block_n) if pooled else SAMPLE_STRIDE
     represent = pool_rows if pooled else sample_rows
@@ -45,11 +44,16 @@ def pool_rows(x: Tensor, rows: Tensor, width: int) -> tuple[Tensor, Tensor]:
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     real = (rows >= 0).to(wide)
     counts = real.view(-1, width).sum(1)
+    source = rows.clamp_min(0)
     batch, heads, _, dim = x.shape
     cells = torch.empty(batch, heads, counts.shape[0], dim, dtype=x.dtype, device=x.device)
+    divisor = counts.clamp_min(1)[:, None]
+    chunk = max(1, _POOLED // (width * dim))  # cells at a time
     for b, h in ((b, h) for b in range(batch) for h in range(heads)):
-        tokens = x[b, h].index_select(0, rows.clamp_min(0).long()).to(wide) * real[:, None]
-        cells[b, h] = tokens.view(-1, width, dim).sum(1) / counts.clamp_min(1)[:, None]
+        for start in range(0, len(counts), chunk):
+            part, lanes = slice(start, start + chunk), slice(start * width, (start + chunk) * width)
+            tokens = x[b, h].index_select(0, source[lanes]).to(wide) * real[lanes, None]
+            cells[b, h, part] = tokens.view(-1, width, dim).sum(1) / divisor[part]
     return cells, counts
 
 

@@ -8,6 +8,8 @@ from torch import Tensor
 
 from psa_diffusers.layout import Layout
 
+_POOLED = 2**18  # numbers pooled at a time: 1 MiB of float32 stays in the caches between the operators
+
 
 @dataclass(frozen=True, eq=False)
 class Pyramid:
@@ -75,32 +77,36 @@ def build_pyramid(
     rows = layout.key_rows.clamp_min(0).long()
     real = (layout.key_rows >= 0).to(wide)[:, None]
     counts = [layout.cell_counts(factor) for factor in factors]
+    chunk = layout.block_n * max(1, _POOLED // (layout.block_n * dim))
 
     keys, values = (torch.empty(batch, heads, num_rows, dim, dtype=x.dtype, device=x.device) for x in (k, v))
     variance = torch.zeros(batch, heads, num_rows, dtype=wide, device=k.device) if key_variance else None
     covariance = torch.zeros(batch, heads, len(factors), dim, dim, dtype=wide, device=k.device) if value_tilt else None
     finite = torch.empty(batch, heads, dtype=torch.bool, device=k.device)
 
-    for b, h in ((b, h) for b in range(batch) for h in range(heads)):  # a head at a time: wide copies stay small
+    for b, h in ((b, h) for b in range(batch) for h in range(heads)):
         finite[b, h] = torch.isfinite(k[b, h].sum(dtype=wide) + v[b, h].sum(dtype=wide))
         if num_rows == 0:
             continue
-        # empty lanes hold zeros: they add nothing to a sum
-        token_k, token_v = ((x[b, h].index_select(0, rows).to(wide) * real) for x in (k, v))
-        for f, (factor, base) in enumerate(zip(factors, bases, strict=True)):
-            if factor == 1:
-                continue
-            cells = slice(base, base + lanes // factor)
-            divisor = counts[f].clamp_min(1)[:, None]
-            mean_k, mean_v = (x.view(-1, factor, dim).sum(1) / divisor for x in (token_k, token_v))
-            keys[b, h, cells], values[b, h, cells] = mean_k, mean_v
-            if key_variance or value_tilt:
-                delta_k = (token_k - mean_k.repeat_interleave(factor, 0)) * real
-            if key_variance:
-                variance[b, h, cells] = delta_k.square().mean(1).view(-1, factor).sum(1) / divisor[:, 0]
-            if value_tilt:
-                delta_v = (token_v - mean_v.repeat_interleave(factor, 0)) * real
-                covariance[b, h, f] = delta_k.T @ delta_v / tokens
+        for start in range(0, lanes, chunk):  # a few blocks at a time: wide copies stay small
+            part = slice(start, min(start + chunk, lanes))
+            # empty lanes hold zeros: they add nothing to a sum
+            token_k, token_v = (x[b, h].index_select(0, rows[part]).to(wide).mul_(real[part]) for x in (k, v))
+            for f, (factor, base) in enumerate(zip(factors, bases, strict=True)):
+                if factor == 1:
+                    continue
+                own = slice(part.start // factor, part.stop // factor)  # among the cells of the factor
+                cells = slice(base + own.start, base + own.stop)
+                divisor = counts[f][own].clamp_min(1)[:, None]
+                mean_k, mean_v = (x.view(-1, factor, dim).sum(1) / divisor for x in (token_k, token_v))
+                keys[b, h, cells], values[b, h, cells] = mean_k, mean_v
+                if key_variance or value_tilt:
+                    delta_k = (token_k - mean_k.repeat_interleave(factor, 0)) * real[part]
+                if key_variance:
+                    variance[b, h, cells] = delta_k.square().mean(1).view(-1, factor).sum(1) / divisor[:, 0]
+                if value_tilt:
+                    delta_v = (token_v - mean_v.repeat_interleave(factor, 0)) * real[part]
+                    covariance[b, h, f] += delta_k.T @ delta_v / tokens
 
     log_counts = [count.to(wide).log() for factor, count in zip(factors, counts, strict=True) if factor > 1]
     return Pyramid(
