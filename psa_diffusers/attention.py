@@ -11,7 +11,7 @@ from torch import Tensor
 
 from psa_diffusers import stages
 from psa_diffusers.layout import Layout, flat_layout, make_layout
-from psa_diffusers.preset import KEY_VARIANCE_CAP, PSAPreset, load_preset, parse_mask_ratios
+from psa_diffusers.preset import KEY_VARIANCE_CAP, PSAPreset, load_preset, parse_mask_ratios, preset_of_key
 from psa_diffusers.stages.levels import assign_ranked_levels
 from psa_diffusers.stages.schedule import Schedule, make_schedule
 
@@ -55,26 +55,29 @@ def psa_attention(
         and ``to_level_map()`` tell what was read.
 
     Raises:
-        TypeError: For a dtype or device that does not fit.
+        TypeError: For a dtype or device that does not fit, or a preset of another kind.
         ValueError: For shapes that do not fit each other or the grid, an unknown preset or backend.
         RuntimeError: If ``backend="triton"`` cannot run here.
 
     Source: arXiv:2512.04025. What differs from the paper and the official code stands in docs/fidelity.md.
     """
-    preset = load_preset("default", preset) if isinstance(preset, str) else preset
+    if not isinstance(preset, (str, PSAPreset)):
+        raise TypeError(f"preset must be a name or a PSAPreset, got a {type(preset).__name__}")
+    key = _key_of_name(preset) if isinstance(preset, str) else preset.key
     _check_qkv(q, k, v)
     grid = (1, 1, q.shape[2] - text_tokens) if grid is None else tuple(int(size) for size in grid)
     _check_grid(q, grid, text_tokens)
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
     if return_schedule or _needs_grad(q, k, v):
-        out, schedule = _run(q, k, v, preset, grid, text_tokens, text_first, scale, backend)
+        out, schedule = _run(q, k, v, preset_of_key(key), grid, text_tokens, text_first, scale, backend)
         return (out, schedule) if return_schedule else out
-    return _psa_op(q, k, v, _remember(preset), list(grid), text_tokens, text_first, scale, backend)
+    return _psa_op(q, k, v, key, list(grid), text_tokens, text_first, scale, backend)
 
 
 def _run(q, k, v, preset: PSAPreset, grid, text_tokens, text_first, scale, backend) -> tuple[Tensor, Schedule]:
     """The stages in order. Everything before `attend` is planning: it decides what is read and takes no gradient."""
     column = _column(resolve_backend(backend, q))
+    preset = preset.for_video(math.prod(grid))
     layout = make_layout(
         grid, text_tokens, text_first, preset.block_m, preset.block_n, preset.order, preset.tile_size, q.device
     )
@@ -237,6 +240,12 @@ def _say_once(message: str) -> None:
     logger.warning(message)
 
 
+# files are read while torch compiles, not by compiled code
+@torch.compiler.assume_constant_result
+def _key_of_name(name: str) -> str:
+    return load_preset("default", name).key
+
+
 def _column(backend: str) -> ModuleType:
     """The stages in plain torch, or the same stages as Triton kernels."""
     if backend == "torch":
@@ -260,32 +269,23 @@ def _full_schedule(q: Tensor, layout: Layout) -> Schedule:
     return make_schedule(torch.ones(shape, dtype=torch.int16, device=q.device), (1,), layout.block_n)
 
 
-# The operator's arguments are tensors, numbers and strings; a preset enters by its key.
-_PRESETS: dict[str, PSAPreset] = {}
-
-
-def _remember(preset: PSAPreset) -> str:
-    _PRESETS[preset.key] = preset
-    return preset.key
-
-
 @torch.library.custom_op("psa_diffusers::psa_attention", mutates_args=())
 def _psa_op(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    preset: str,
+    preset_key: str,
     grid: list[int],
     text_tokens: int,
     text_first: bool,
     scale: float,
     backend: str,
 ) -> Tensor:
-    return _run(q, k, v, _PRESETS[preset], tuple(grid), text_tokens, text_first, scale, backend)[0]
+    return _run(q, k, v, preset_of_key(preset_key), tuple(grid), text_tokens, text_first, scale, backend)[0]
 
 
 @_psa_op.register_fake
-def _(q, k, v, preset, grid, text_tokens, text_first, scale, backend):
+def _(q, k, v, preset_key, grid, text_tokens, text_first, scale, backend):
     return torch.empty_like(q)
 
 

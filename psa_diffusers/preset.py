@@ -37,6 +37,7 @@ __all__ = [
     "load_section",
     "parse_mask_ratios",
     "parse_overrides",
+    "preset_of_key",
 ]
 
 logger = logging.getLogger("psa_diffusers")
@@ -54,6 +55,7 @@ TILT_GAINS = ("full", "sampled")
 # 10 % of the key blocks in full, 5 % at half, 20 % at an eighth of their keys, the others skipped: density 0.15
 _DEFAULT_RATIOS = ((1, 0.10), (2, 0.15), (8, 0.35), (0, 1.0))
 _TOUCHING = 1e-6
+_SMALLEST_BLOCK = 32  # keys; smaller ones cost more in planning than they save
 
 
 @dataclass(frozen=True)
@@ -98,7 +100,8 @@ class VideoScale:
 class PSAPreset:
     """One preset: all that PSA may decide about a self-attention. Every field and default is here and nowhere else.
 
-    The fields are the keys of the YAML. The object is frozen, hashable and picklable; change it with `replace`.
+    The fields are the keys of the YAML. The object is frozen, hashable and picklable; change it with `replace`. Its
+    attribute `key` is the whole of it as one string.
 
     Args:
         name: Name of the preset; in a file, the key it stands under.
@@ -130,6 +133,7 @@ class PSAPreset:
         tilt_gain: How much of the tilt: `full`, or `sampled`, a number from 0 to 1 fitted to each head.
         min_full_ratio: Smallest share of key blocks at factor 1 in `thresholdbound`.
         refresh_every: Denoising steps for which one level map is used.
+        min_blocks: A video of fewer key blocks gets smaller blocks, see `for_video`. 0 leaves the size alone.
 
     Raises:
         ValueError: If a value is out of range. The message names the key.
@@ -161,6 +165,7 @@ class PSAPreset:
     tilt_gain: str = "full"
     min_full_ratio: float = 0.06
     refresh_every: int = 1
+    min_blocks: int = 0
 
     def __post_init__(self) -> None:
         for key, choices in (
@@ -178,7 +183,7 @@ class PSAPreset:
         for key in ("use_rearrange", "use_sim_mask", "verbose", "key_variance", "value_tilt"):
             if not isinstance(getattr(self, key), bool):
                 raise ValueError(f"{key} must be true or false, got {getattr(self, key)!r}")
-        for key, least in (("warmup_steps", 0), ("dense_last_steps", 0), ("refresh_every", 1)):
+        for key, least in (("warmup_steps", 0), ("dense_last_steps", 0), ("refresh_every", 1), ("min_blocks", 0)):
             value = getattr(self, key)
             if not _is_int(value) or value < least:
                 raise ValueError(f"{key} must be an integer of at least {least}, got {value!r}")
@@ -213,7 +218,8 @@ class PSAPreset:
             store(self, key, _as_exceptions(key, getattr(self, key)))
         for values in {values for _, values in (*self.steps, *self.layers)}:
             self._changed(values)  # a wrong key or value must not wait for its step
-        store(self, "key", repr(self))  # the name of this object for the operator: a constant while torch compiles
+        # what the operator, whose arguments are numbers and strings, gets of this object; `preset_of_key` reads it
+        store(self, "key", json.dumps(asdict(self)))
 
     @property
     def block_m(self) -> int:
@@ -264,6 +270,21 @@ class PSAPreset:
             changes.append('{"type": "dense"}')
         changes += [values for where, values in self.steps if in_ranges(where, step, num_steps)]
         return self._changed(*changes)
+
+    @lru_cache(maxsize=256)  # noqa: B019 - presets are few, small and hashable
+    def for_video(self, tokens: int) -> PSAPreset:
+        """Return the preset for a video of so many tokens: with smaller blocks if it has fewer than `min_blocks`.
+
+        Blocks of queries and keys are halved until there are enough key blocks, but keys not below 32 tokens. Factors
+        above the new size become that size; in `topk` the finer shares shrink as much as keeps the density.
+        """
+        m, n = self.block_m, self.block_n
+        while -(-tokens // n) < self.min_blocks and n > _SMALLEST_BLOCK:
+            m, n = max(m // 2, 16), n // 2
+        if n == self.block_n:
+            return self
+        ratios = _coarsest(self.levels, n, keep_density=self.mask_mode == "topk")
+        return self.replace(block_size={"m": m, "n": n}, mask_ratios=ratios)
 
     @lru_cache(maxsize=4096)  # noqa: B019 - presets are few, small and hashable
     def _changed(self, *changes: str) -> PSAPreset:
@@ -446,6 +467,12 @@ def load_section(model: str, config: str | Path | None = None) -> Section:
     return Section(model, default, typed.video_scale, typed.text_length, presets)
 
 
+@lru_cache(maxsize=4096)
+def preset_of_key(key: str) -> PSAPreset:
+    """Return the preset whose `key` this is. Nothing needs to have been remembered, in this process or another."""
+    return PSAPreset(**json.loads(key))
+
+
 def list_presets(model: str | None = None, *, config: str | Path | None = None) -> list[str] | dict[str, list[str]]:
     """Return the names of a model's presets; without a model, a dict of section name to preset names.
 
@@ -556,6 +583,30 @@ def _as_interval(factor: int | str, interval: Sequence[float]) -> tuple[float, f
             f"mask_ratios: factor {factor} needs [start, end] with 0 <= start <= end <= 1, got {interval!r}"
         )
     return float(interval[0]), float(interval[1])
+
+
+def _coarsest(
+    levels: tuple[tuple[int, float], ...], largest: int, *, keep_density: bool
+) -> tuple[tuple[int, float], ...]:
+    """Levels without factors above the largest; what those read costs more, so the finer shares shrink by one ratio."""
+    starts = (0.0, *(end for _, end in levels[:-1]))
+    shares = {}
+    for (factor, end), start in zip(levels, starts, strict=True):
+        shares[min(factor, largest)] = shares.get(min(factor, largest), 0.0) + end - start
+    finer = {factor: share for factor, share in shares.items() if 0 < factor < largest}
+    if keep_density and finer and largest in shares:
+        density = sum((end - start) / factor for (factor, end), start in zip(levels, starts, strict=True) if factor)
+        read = sum(finer.values()) + shares[largest]
+        cost = sum(share / factor for factor, share in finer.items())
+        ratio = (density - read / largest) / (cost - sum(finer.values()) / largest)
+        finer = {factor: share * min(max(ratio, 0.0), 1.0) for factor, share in finer.items()}
+        shares |= {**finer, largest: read - sum(finer.values())}
+    ends, reached = [], 0.0
+    for factor in sorted(shares, key=lambda factor: factor or math.inf):
+        if shares[factor] > 0:
+            reached += shares[factor]
+            ends.append((factor, min(reached, 1.0)))
+    return (*ends[:-1], (ends[-1][0], 1.0))
 
 
 def _as_exceptions(key: str, given: Any) -> tuple[tuple[str, str], ...]:

@@ -1,6 +1,9 @@
 """The public functions: bad input, broken numbers, determinism, compilation, gradients."""
 
+import copy
+import itertools
 import logging
+import pickle
 
 import pytest
 import torch
@@ -10,6 +13,7 @@ from psa_diffusers import PSAPreset, assign_levels, psa_attention, pyramid_atten
 
 PRESET = PSAPreset(block_size={"m": 32, "n": 32}, mask_ratios={1: [0, 0.2], 4: [0.2, 0.5], 0: [0.5, 1]})
 GRID = (4, 6, 8)
+NUMBERS = itertools.count()
 
 
 def qkv(rng, tokens=192, dtype=torch.float32, dim=16):
@@ -48,6 +52,11 @@ def test_tensors_that_do_not_fit_are_refused(change, error, message, rng):
 def test_arguments_that_do_not_fit_are_refused(kwargs, message, rng):
     with pytest.raises(ValueError, match=message):
         psa_attention(*qkv(rng), **{"preset": PRESET, **kwargs})
+
+
+def test_a_preset_of_another_kind_is_refused(rng):
+    with pytest.raises(TypeError, match="a name or a PSAPreset, got a dict"):
+        psa_attention(*qkv(rng), {"mask_ratios": {1: [0, 1]}})
 
 
 def test_triton_is_refused_on_a_cpu_and_auto_is_torch(rng, monkeypatch):
@@ -118,10 +127,10 @@ def test_a_dense_preset_is_dense_attention(rng):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_operator_passes_the_checks_of_torch(dtype, rng):
-    from psa_diffusers.attention import _psa_op, _remember
+    from psa_diffusers.attention import _psa_op
 
     q, k, v = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in qkv(rng, dtype=dtype))
-    args = (q, k, v, _remember(PRESET), list(GRID), 0, True, 0.25, "torch")
+    args = (q, k, v, PRESET.key, list(GRID), 0, True, 0.25, "torch")
     torch.library.opcheck(_psa_op, args, test_utils=("test_schema", "test_faketensor"))
 
 
@@ -130,6 +139,42 @@ def test_compiled_code_stays_one_graph(rng):
     call = lambda q, k, v: psa_attention(q + 0, k, v, PRESET, grid=GRID) * 2  # noqa: E731
     compiled = torch.compile(call, backend="eager", fullgraph=True)
     assert torch.equal(compiled(q, k, v), call(q, k, v))
+
+
+def unused_preset(importance="pooled_mass"):
+    """A preset that nothing in this process has run before: its name occurs once."""
+    return PRESET.replace(name=f"unused {next(NUMBERS)}", importance=importance)
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.parametrize(
+    "prepare",
+    [
+        pytest.param(lambda preset: preset, id="fresh"),
+        pytest.param(lambda preset: pickle.loads(pickle.dumps(preset)), id="unpickled"),
+        pytest.param(copy.deepcopy, id="copied"),
+    ],
+)
+def test_the_first_use_of_a_preset_may_be_compiled(prepare, backend, rng):
+    torch._dynamo.reset()
+    q, k, v = qkv(rng)
+    preset = prepare(unused_preset())
+    compiled = torch.compile(lambda *qkv: psa_attention(*qkv, preset, grid=GRID), backend=backend, fullgraph=True)
+    assert torch.equal(compiled(q, k, v), psa_attention(q, k, v, preset, grid=GRID))
+
+
+def test_a_preset_by_name_compiles(rng):
+    torch._dynamo.reset()
+    q, k, v = qkv(rng)
+    compiled = torch.compile(lambda *qkv: psa_attention(*qkv, grid=GRID), backend="eager", fullgraph=True)
+    assert torch.equal(compiled(q, k, v), psa_attention(q, k, v, grid=GRID))
+
+
+def test_a_preset_may_be_made_by_compiled_code(rng):
+    torch._dynamo.reset()
+    q, k, v = qkv(rng)
+    call = lambda *qkv: psa_attention(*qkv, unused_preset("sampled_max"), grid=GRID)  # noqa: E731
+    assert torch.equal(torch.compile(call, backend="eager")(q, k, v), call(q, k, v))
 
 
 def test_gradients_flow_through_the_torch_stages(rng):

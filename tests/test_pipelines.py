@@ -19,7 +19,6 @@ from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from tiny import CASES, TINY_PRESET
 from watch import Watch, expected_steps
 
-from psa_diffusers import attention
 from psa_diffusers.models import cogvideox, wan
 from psa_diffusers.models.registry import families, family_of, find_family, register
 from psa_diffusers.pipeline import disable_psa, enable_psa
@@ -752,13 +751,12 @@ def test_a_processor_with_weights_is_left_alone(caplog):
 
 @pytest.mark.parametrize("name", ["cogvideox", "wan2.1"])
 @pytest.mark.parametrize("when", ["before", "after", "in-place"])
-def test_a_compiled_denoiser_stays_one_graph(name, when, monkeypatch):
+def test_a_compiled_denoiser_stays_one_graph(name, when):
     torch._dynamo.reset()
     pipe = build(name)
     enable(pipe, warmup_steps=1)
     eager = CASES[name].run(pipe)
     disable_psa(pipe)
-    monkeypatch.setattr(attention, "_PRESETS", {})  # as if nothing had run before compilation
     graphs = []
 
     def backend(graph, inputs):

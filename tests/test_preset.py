@@ -369,6 +369,37 @@ def test_plain_values_make_the_same_preset_again():
     }
 
 
+@pytest.mark.parametrize(
+    "make",
+    [
+        pytest.param(PSAPreset, id="defaults"),
+        pytest.param(lambda: load_preset("Wan2.1_1.3b"), id="from-a-file"),
+        pytest.param(
+            lambda: PSAPreset(
+                block_size={"m": 64, "n": 32},
+                mask_ratios={1: [0, 0.1], 16: [0.1, 0.7], 0: [0.7, 1]},
+                steps={"0:2": {"type": "dense"}, "10%:50%": {"sim_thresholds": {"x2": 0.1}}},
+                layers={"-1": {"mask_ratios": {1: [0, 0.3], 0: [0.3, 1]}}},
+                dense_layers="0,1",
+                use_sim_mask=True,
+                sim_thresholds={"x4": 0.5},
+                tile_size=[1, 2, 3],
+                text_length=5,
+                min_full_ratio=1 / 3,
+            ),
+            id="everything-set",
+        ),
+        pytest.param(lambda: pickle.loads(pickle.dumps(load_preset("default"))), id="unpickled"),
+        pytest.param(lambda: PSAPreset().replace(key_variance=True), id="changed"),
+    ],
+)
+def test_the_key_of_a_preset_is_the_whole_of_it(make):
+    preset = make()
+    preset_module.preset_of_key.cache_clear()
+    assert preset_module.preset_of_key(preset.key) == preset
+    assert preset_module.preset_of_key(preset.key).key == preset.key
+
+
 def test_attn_impl_is_ignored_with_one_warning(caplog):
     preset_module._warn_attn_impl.cache_clear()
     with caplog.at_level(logging.WARNING, logger="psa_diffusers"):
@@ -382,3 +413,34 @@ def test_builtin_file_needs_no_warning(caplog):
     for section in list_presets():
         load_section(section)
     assert not caplog.records
+
+
+COVERING = {1: [0, 0.1], 4: [0.1, 0.22], 16: [0.22, 0.38], 128: [0.38, 1]}
+
+
+def density(preset):
+    starts = (0.0, *(end for _, end in preset.levels))
+    return sum((end - start) / factor for (factor, end), start in zip(preset.levels, starts, strict=False) if factor)
+
+
+@pytest.mark.parametrize(("tokens", "n"), [(17550, 128), (128 * 99 + 1, 128), (128 * 99, 64), (3059, 32), (40, 32)])
+def test_a_small_video_gets_smaller_blocks_at_the_same_density(tokens, n):
+    preset = PSAPreset(block_size={"m": 128, "n": 128}, mask_ratios=COVERING, min_blocks=100)
+    fitted = preset.for_video(tokens)
+    assert (fitted.block_m, fitted.block_n) == (n, n)
+    assert max(fitted.factors) == n
+    assert density(fitted) == pytest.approx(density(preset))
+    assert [factor for factor, _ in fitted.levels] == [1, 4, 16, n]
+    assert PSAPreset(mask_ratios=COVERING).for_video(tokens).block_n == 128, "off unless asked for"
+
+
+def test_smaller_blocks_keep_what_is_skipped_and_what_a_threshold_says():
+    skipping = {1: [0, 0.1], 128: [0.1, 0.5], 0: [0.5, 1]}
+    fitted = PSAPreset(mask_ratios=skipping, min_blocks=1000).for_video(1000)
+    assert fitted.levels[-1] == (0, 1.0)
+    assert fitted.levels[-2] == (32, pytest.approx(0.5))
+    assert density(fitted) == pytest.approx(0.1 + 0.4 / 128)
+    bound = PSAPreset(mask_ratios=skipping, mask_mode="thresholdbound", min_blocks=1000).for_video(1000)
+    assert bound.levels == ((1, 0.1), (32, 0.5), (0, 1.0))
+    coarse = PSAPreset(mask_ratios={64: [0, 0.5], 128: [0.5, 1]}, min_blocks=1000).for_video(1000)
+    assert coarse.levels == ((32, 1.0),)

@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from psa_diffusers import attention
 from psa_diffusers.attention import psa_attention, unsupported_head_dim
 from psa_diffusers.models.registry import Family, find_family, supported, unwrap
 from psa_diffusers.preset import PSAPreset, list_presets, load_preset
@@ -118,10 +117,7 @@ class Site:
 
     def _preset_now(self, layer: str) -> PSAPreset:
         clock, place = self.run.clock, self._layers.index(layer)
-        preset = self.run.preset.at(clock.step, clock.num_steps, place, len(self._layers))
-        # compiled code runs the operator before it writes what the operator would look up
-        attention._remember(preset)
-        return preset
+        return self.run.preset.at(clock.step, clock.num_steps, place, len(self._layers))
 
 
 class FamilyProcessor:
