@@ -225,7 +225,7 @@ def published_importance(case: Case, layout: Layout, scale: float, seed: int = 0
 
 def run_method(case: Case, method: Method, truths: dict, pyramids: dict, sampled_queries: int) -> dict:
     """Error, density and shares of one method on one head."""
-    preset = method.preset
+    preset = method.preset.for_video(math.prod(case.grid))
     layout = lay_out(case, preset)
     if layout not in truths:
         truths[layout] = dense_truth(case, layout, sampled_queries)
