@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from psa_diffusers.layout import Layout
+from psa_diffusers.stages.moments import moment_importance
 
 POOLED_CELL = 16  # queries and keys a cell of pooled_mass
 SAMPLE_STRIDE = 4  # sampled_max looks at every fourth token
@@ -22,7 +23,7 @@ def block_importance(q: Tensor, k: Tensor, layout: Layout, method: str, scale: f
         q: Queries ``[B, H, L, D]``, tokens as the model has them; any strides.
         k: Keys ``[B, H, L, D]``.
         layout: Where tokens stand.
-        method: ``pooled_mass`` or ``sampled_max``.
+        method: ``pooled_mass``, ``sampled_max``, or ``pooled_moments`` (see `moment_importance`).
         scale: Softmax scale.
 
     Returns:
@@ -31,6 +32,8 @@ def block_importance(q: Tensor, k: Tensor, layout: Layout, method: str, scale: f
     Source: ``sampled_max`` is the estimator of arXiv:2512.04025, section 3 (the official code computes another).
         Differs: the sample is strided, not random, so nothing depends on a random generator. ``pooled_mass`` is ours.
     """
+    if method == "pooled_moments":
+        return moment_importance(q, k, layout, scale)
     pooled = method == "pooled_mass"
     width = min(POOLED_CELL, layout.block_m, layout.block_n) if pooled else SAMPLE_STRIDE
     represent = pool_rows if pooled else sample_rows
