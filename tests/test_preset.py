@@ -415,6 +415,25 @@ def test_builtin_file_needs_no_warning(caplog):
     assert not caplog.records
 
 
+OWN = ("psa_cover", "psa_fast", "psa_quality")
+
+
+@pytest.mark.parametrize("section", list_presets())
+def test_every_section_has_our_presets_within_their_budgets(section):
+    published = load_preset(section, "psa_balanced")
+    cover, fast, quality = (load_preset(section, name) for name in OWN)
+    assert density(cover) <= 0.15
+    assert density(fast) <= density(cover) / 2
+    assert density(quality) <= 0.2
+    if published.mask_mode == "topk":  # a threshold's density depends on the head
+        assert density(cover) <= density(published)
+        assert density(fast) <= density(published) / 2
+    for preset in (cover, fast, quality):
+        assert min(factor for factor, _ in preset.levels) > 0, "nothing is skipped"
+        assert preset.warmup_steps == published.warmup_steps
+        assert preset.replace(warmup_steps=0, model="default") == load_preset("default", preset.name)
+
+
 COVERING = {1: [0, 0.1], 4: [0.1, 0.22], 16: [0.22, 0.38], 128: [0.38, 1]}
 
 
