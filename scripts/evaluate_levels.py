@@ -4,7 +4,8 @@
     python scripts/evaluate_levels.py --qkv docs/data/trained_head.safetensors
     python scripts/evaluate_levels.py --qkv recorded.safetensors --grid 13 30 45 --text_tokens 226
     python scripts/evaluate_levels.py --presets psa_fast psa_cover --config my_presets.yaml
-    python scripts/evaluate_levels.py --suite heldout                     64 cases kept apart from tuning, longer
+    python scripts/evaluate_levels.py --suite heldout                     96 cases kept apart from tuning, longer
+    python scripts/evaluate_levels.py --suite acceptance --qkv FILE       what our presets must hold, with bounds
     python scripts/evaluate_levels.py --json levels.jsonl --plot levels.png
 
 Every method runs through the stages of psa_attention. Rows of the table: the presets; the published choice (its ratios,
@@ -24,6 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from _acceptance import PRESETS, show_acceptance
 from _fields import FIELDS, make_field
 from torch import Tensor
 from tqdm import tqdm
@@ -120,6 +122,31 @@ def choose_methods(args) -> list[Method]:
         dropping = dropping.replace(rearrange_method=args.baseline_order)
         methods.append(Method("top, rest dropped", dropping))
     return methods
+
+
+def acceptance_methods(args) -> list[Method]:
+    """Our presets, the published choice, and the peer that comes nearest at the densities of our presets."""
+    published = PSAPreset(name="published", mask_ratios=PUBLISHED, importance="sampled_max")
+    methods = [Method("published", published, published_estimator=True)]
+    for name in PRESETS:
+        preset = load_preset(args.model, name, config=args.config)
+        methods.append(Method(_line(name), preset))
+        for block in (64, 128):
+            exact = (_density(preset) - 1 / block) / (1 - 1 / block)
+            peer = PSAPreset(
+                name=f"first order {name} {block}",
+                rearrange_method=args.baseline_order,
+                block_size={"m": block, "n": block},
+                mask_ratios=((1, exact), (block, 1.0)),
+                value_tilt=True,
+            )
+            methods.append(Method("first order", peer))
+    return methods
+
+
+def _density(preset: PSAPreset) -> float:
+    starts = (0.0, *(end for _, end in preset.levels))
+    return sum((end - start) / f for (f, end), start in zip(preset.levels, starts, strict=False) if f)
 
 
 def _label(line: str, density: float) -> str:
@@ -406,10 +433,11 @@ def parse(argv=None):
     )
     data.add_argument(
         "--suite",
-        choices=("quick", "tuning", "heldout"),
+        choices=("quick", "tuning", "heldout", "acceptance"),
         default="quick",
-        help="which fields: quick, A-L at 13x30x45; tuning and heldout, A-H at two grids, D 64 and 128, with and "
-        "without text, each with seeds of its own",
+        help="which fields: quick, A-L at 13x30x45; tuning and heldout, A-H at three grids, D 64 and 128, with and "
+        "without text, each with seeds of its own; acceptance: the bounds of our presets on the heldout fields, on "
+        "I-L, and on the recorded heads of --qkv",
     )
     data.add_argument("--fields", nargs="+", choices=FIELDS, metavar="FIELD", help="only these fields")
     data.add_argument("--field_grid", nargs=3, type=int, metavar=("F", "H", "W"), help="grid in place of the suite's")
@@ -423,31 +451,54 @@ def parse(argv=None):
     if not all(0.02 <= density < 1 for density in args.densities):
         parser.error("--densities must lie between 0.02 and 1")
     quick = args.suite == "quick"
-    args.fields = args.fields or (tuple(FIELDS) if quick else tuple("ABCDEFGH"))
-    args.grids = (
-        [tuple(args.field_grid)] if args.field_grid else [(13, 30, 45)] if quick else [(13, 30, 45), (7, 19, 23)]
-    )
+    every = args.suite in ("quick", "acceptance")
+    args.fields = args.fields or (tuple(FIELDS) if every else tuple("ABCDEFGH"))
+    grids = [(13, 30, 45)] if quick else [(13, 30, 45), (11, 29, 31), (7, 19, 23)]
+    args.grids = [tuple(args.field_grid)] if args.field_grid else grids
     args.dims, args.text = ((64,), (0,)) if quick else ((64, 128), (0, 226))
-    args.seeds = (HELDOUT_SEED,) if args.suite == "heldout" else (TUNING_SEED,)
+    args.seeds = (HELDOUT_SEED,) if args.suite in ("heldout", "acceptance") else (TUNING_SEED,)
     return args
+
+
+def evaluate(cases, methods: list[Method], queries: int, total: int | None = None, group: str = "") -> list[dict]:
+    """One dict a head and method."""
+    lines = []
+    for case in tqdm(cases, total=total, unit="head", desc=group or None, disable=None):
+        truths, made = {}, {}
+        for method in methods:
+            result = run_method(case, method, truths, made, queries)
+            lines.append({"group": group, "case": case.name, "method": method.name, "line": method.line, **result})
+    return lines
+
+
+def accept(args) -> list[dict]:
+    """The lines of the acceptance suite: recorded heads, if there are any, fields A to H, and those of other kinds."""
+    methods = acceptance_methods(args)
+    lines = evaluate(recorded_cases(args), methods, 4 * args.queries, group="recorded") if args.qkv else []
+    shapes = len(args.grids) * len(args.dims) * len(args.text)
+    for group, fields in (("fields", "ABCDEFGH"), ("other", "IJKL")):
+        chosen = argparse.Namespace(**{**vars(args), "fields": [field for field in fields if field in args.fields]})
+        if chosen.fields:
+            lines += evaluate(field_cases(chosen), methods, args.queries, shapes * len(chosen.fields), group)
+    return lines
 
 
 def main(argv=None):
     args = parse(argv)
     torch.set_num_threads(args.threads)
-    methods = choose_methods(args)
-    cases = recorded_cases(args) if args.qkv else field_cases(args)
-    total = None if args.qkv else len(args.grids) * len(args.dims) * len(args.text) * len(args.seeds) * len(args.fields)
-    lines = []
     with torch.no_grad():
-        for case in tqdm(cases, total=total, unit="head", disable=None):
-            truths, pyramids = {}, {}
-            for method in methods:
-                result = run_method(case, method, truths, pyramids, args.queries)
-                lines.append({"case": case.name, "method": method.name, "line": method.line, **result})
+        if args.suite == "acceptance":
+            lines = accept(args)
+        elif args.qkv:
+            lines = evaluate(recorded_cases(args), choose_methods(args), args.queries)
+        else:
+            total = len(args.grids) * len(args.dims) * len(args.text) * len(args.seeds) * len(args.fields)
+            lines = evaluate(field_cases(args), choose_methods(args), args.queries, total)
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)
         args.json.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    if args.suite == "acceptance":
+        sys.exit(0 if show_acceptance(lines) else 1)
     table = summarise(lines)
     show(table)
     if args.plot:

@@ -97,3 +97,35 @@ def test_what_a_pipeline_recorded_is_read_without_a_word(tmp_path):
     lines = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
     assert len({line["case"] for line in lines}) == 2 * 2 * 2, "calls, layers, branches"
     assert all(line["relative_l1"] == 0 for line in lines if line["method"] == "dense")
+
+
+def test_the_acceptance_suite_judges_our_presets(tmp_path):
+    args = ("--suite", "acceptance", "--field_grid", "6", "9", "11", "--queries", "128", "--fields", "A", "J")
+    qkv = ROOT / "docs" / "data" / "trained_head.safetensors"
+    done = run_script(*args, "--qkv", qkv, "--json", tmp_path / "acceptance.jsonl")
+    lines = [json.loads(line) for line in (tmp_path / "acceptance.jsonl").read_text().splitlines()]
+    by_group = {group: {line["case"] for line in lines if line["group"] == group} for group in ("fields", "other")}
+    assert [len(cases) for cases in by_group.values()] == [4, 4], "two sizes of heads, with and without text"
+    assert {"published", "psa_cover", "psa_fast", "psa_quality", "first order psa_cover 64"} <= {
+        line["method"] for line in lines
+    }
+    missed = done.stdout.count("MISSED")
+    held = int(done.stdout.split(" bounds hold")[0].split("\n")[-1].split(" of ")[0])
+    assert held + missed == 25
+    assert done.returncode == (1 if missed else 0)
+
+
+def test_a_missed_bound_is_named_and_fails(capsys):
+    sys.path.insert(0, str(ROOT / "scripts"))
+    from _acceptance import PRESETS, show_acceptance
+
+    def line(method, error):
+        return {"group": "recorded", "case": "head", "method": method, "density": 0.07, "relative_l1": error}
+
+    peers = [line(f"first order {name} {block}", 0.3) for name in PRESETS for block in (64, 128)]
+    good = [line("published", 0.2) | {"density": 0.15}, *(line(name, 0.07) for name in PRESETS), *peers]
+    assert show_acceptance(good)
+    assert "MISSED" not in capsys.readouterr().out
+    bad = [line("psa_cover", 0.1) if entry["method"] == "psa_cover" else entry for entry in good]
+    assert not show_acceptance(bad)
+    assert "0.500 (<= 0.480, MISSED)" in capsys.readouterr().out
