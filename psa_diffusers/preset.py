@@ -117,7 +117,8 @@ class PSAPreset:
         warmup_steps: Denoising steps at the start that run dense.
         dense_last_steps: Denoising steps at the end that run dense.
         steps: Other settings for some denoising steps: a range (`0:5`, `10%:50%`, `-1`) to the keys that differ there.
-            Where ranges overlap, the later one wins. Read them with `at`.
+            Where ranges overlap, the later one wins. `layers` and `dense_layers` may stand among the keys: settings of
+            some layers in these steps. Read them with `at`.
         layers: The same for some layers (blocks of the denoiser, from 0).
         dense_layers: Layers that run dense, `"0,1,-1"`.
         use_sim_mask: Pool a block no further than the likeness of neighbouring keys allows.
@@ -217,7 +218,8 @@ class PSAPreset:
         for key in ("steps", "layers"):
             store(self, key, _as_exceptions(key, getattr(self, key)))
         for values in {values for _, values in (*self.steps, *self.layers)}:
-            self._changed(values)  # a wrong key or value must not wait for its step
+            for part in _split(values):  # a wrong key or value must not wait for its step
+                self._changed(part.values)
         # what the operator, whose arguments are numbers and strings, gets of this object; `preset_of_key` reads it
         store(self, "key", json.dumps(asdict(self)))
 
@@ -255,7 +257,9 @@ class PSAPreset:
     def at(
         self, step: int = 0, num_steps: int | None = None, layer: int = 0, num_layers: int | None = None
     ) -> PSAPreset:
-        """Return the settings of one layer in one denoising step; `steps` wins over `layers`.
+        """Return the settings of one layer in one denoising step.
+
+        `steps` wins over `layers`; the `layers` and `dense_layers` inside a range of steps win over its other keys.
 
         Args:
             step: Denoising step, from 0.
@@ -268,7 +272,8 @@ class PSAPreset:
         changes = [values for where, values in self.layers if in_ranges(where, layer, num_layers)]
         if self.dense_layers and in_ranges(self.dense_layers, layer, num_layers):
             changes.append('{"type": "dense"}')
-        changes += [values for where, values in self.steps if in_ranges(where, step, num_steps)]
+        for values in (values for where, values in self.steps if in_ranges(where, step, num_steps)):
+            changes += [part.values for part in _split(values) if in_ranges(part.layers, layer, num_layers)]
         return self._changed(*changes)
 
     @lru_cache(maxsize=256)  # noqa: B019 - presets are few, small and hashable
@@ -619,12 +624,38 @@ def _as_exceptions(key: str, given: Any) -> tuple[tuple[str, str], ...]:
         values = json.loads(values) if isinstance(values, str) else values
         if not isinstance(values, Mapping):
             raise ValueError(f"{key}: range {where!r} must map to the keys that differ there, got {values!r}")
+        allowed = _PRESET_KEYS - _ONCE | ({"layers", "dense_layers"} if key == "steps" else set())
         try:
-            _reject_unknown_keys(values, f"range {where!r}", _PRESET_KEYS - _ONCE)
+            _reject_unknown_keys(values, f"range {where!r}", allowed)
+            if values.get("dense_layers") is not None:
+                check_ranges(values["dense_layers"])
+            if "layers" in values:
+                within = dict(_as_exceptions("layers", values["layers"]))
+                values = {**values, "layers": {layers: json.loads(changes) for layers, changes in within.items()}}
             stored.append((check_ranges(where), json.dumps(values)))
         except ValueError as error:
             raise ValueError(f"{key}: {error}") from error
     return tuple(stored)
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Changed keys as JSON, and the layers they are for."""
+
+    layers: str
+    values: str
+
+
+@lru_cache(maxsize=4096)
+def _split(values: str) -> tuple[_Part, ...]:
+    """Changes of a range of steps by the layers they are for: all layers first, then some, then the dense ones."""
+    plain = json.loads(values)
+    within, dense = plain.pop("layers", None) or {}, plain.pop("dense_layers", None)
+    parts = [_Part(":", json.dumps(plain))] if plain else []
+    parts += [_Part(layers, json.dumps(changes)) for layers, changes in within.items()]
+    if dense is not None:
+        parts.append(_Part(check_ranges(dense), '{"type": "dense"}'))
+    return tuple(parts)
 
 
 def _as_part(part: type, value: Any, key: str) -> Any:
