@@ -90,11 +90,12 @@ def _read(pipe: Any, source: str | Path, weight_name: str | None) -> tuple[dict[
     from safetensors import SafetensorError
 
     path = _local_file(source, weight_name)
-    where = {"weight_name": weight_name} if path is None else {}
+    place, name = source, weight_name
+    if path is not None:
+        # offline, older diffusers wants the name of the file; with another ending and a name it would unpickle
+        place, name = (path.parent, path.name) if path.suffix == ".safetensors" else (path, None)
     try:
-        return pipe.lora_state_dict(
-            str(source if path is None else path), use_safetensors=True, return_lora_metadata=True, **where
-        )
+        return pipe.lora_state_dict(str(place), weight_name=name, use_safetensors=True, return_lora_metadata=True)
     except OSError as error:
         raise FileNotFoundError(f"cannot get the LoRA {source!r} ({weight_name or 'any file'}): {error}") from error
     except SafetensorError as error:

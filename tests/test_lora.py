@@ -55,7 +55,7 @@ def test_it_is_what_diffusers_loads(name, tmp_path):
     path = lora_file(tmp_path, name)
     ours, theirs = CASES[name].build(), CASES[name].build()
     load_psa_lora(ours, path, scale=0.5)
-    theirs.load_lora_weights(str(path), adapter_name="psa")
+    theirs.load_lora_weights(tmp_path, weight_name=path.name, adapter_name="psa")
     theirs.set_adapters("psa", 0.5)
     assert torch.equal(CASES[name].run(ours), CASES[name].run(theirs))
 
