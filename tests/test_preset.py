@@ -340,6 +340,16 @@ def test_factors_are_those_a_level_map_can_hold():
     assert load_preset("default", "baseline").factors == (1,)
 
 
+@pytest.mark.parametrize(("section", "name"), [row[:2] for row in PUBLISHED])
+def test_published_presets_use_the_estimator_of_the_paper(section, name):
+    assert load_preset(section, name).importance == "sampled_max"
+
+
+@pytest.mark.parametrize("section", ["default", "demo"])
+def test_a_preset_that_names_no_estimator_uses_ours(section):
+    assert PSAPreset().importance == load_preset(section, "psa_balanced").importance == "pooled_mass"
+
+
 @pytest.mark.parametrize("method", ["Gilbert", "tiles", "boxes"])
 def test_order_follows_the_rearrangement(method):
     assert PSAPreset(rearrange_method=method).order == method.lower()

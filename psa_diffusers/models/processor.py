@@ -285,7 +285,8 @@ class PSAProcessor:
     hears of the steps from the pipeline, needs none. To take it back, set the processors you want instead.
 
     One object on the two experts of Wan 2.2 shares one clock, as it should; use different objects for different
-    pipelines.
+    pipelines. Without its pipeline a text-to-video expert looks like Wan 2.1 14B and gets its presets: hand over
+    `load_preset("Wan2.2_A14B")` instead of a name.
 
     Args:
         preset: Name of a preset, a `PSAPreset`, or None for the default of the model.
