@@ -1,0 +1,189 @@
+"""The READMEs: their examples run, their commands and names exist, and both languages say the same."""
+
+import ast
+import functools
+import importlib.util
+import io
+import re
+import shlex
+import tokenize
+from pathlib import Path
+
+import diffusers
+import pytest
+import tiny
+import torch
+import yaml
+from test_lora import lora_file
+
+import psa_diffusers
+from psa_diffusers import lora
+from psa_diffusers.preset import list_presets, load_preset
+from psa_diffusers.run_config import list_model_configs
+
+ROOT = Path(__file__).parents[1]
+ENGLISH, CHINESE = ((ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "README_zh.md"))
+PAGES = {path.relative_to(ROOT).as_posix(): path for path in (*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"))}
+OWN_PRESETS = {"baseline", "psa_cover", "psa_fast", "psa_quality"}
+SMALL = {"height": 96, "width": 112, "num_frames": 9, "max_sequence_length": tiny.TEXT_TOKENS}
+
+
+def blocks(text, language):
+    return re.findall(rf"```{language}\n(.*?)```", text, flags=re.DOTALL)
+
+
+def load_script(name):
+    spec = importlib.util.spec_from_file_location(f"script_{name}", ROOT / "scripts" / f"{name}.py")
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    return script
+
+
+def stand_in(pipeline_class, build, steps=None):
+    """A class that answers `from_pretrained` with a tiny pipeline, which runs any call at a small size."""
+
+    class Small(pipeline_class):
+        @classmethod
+        def from_pretrained(cls, name, **kwargs):
+            return build(cls)
+
+        def to(self, *args, **kwargs):
+            return self
+
+        @functools.wraps(pipeline_class.__call__)
+        def __call__(self, *args, **kwargs):
+            small = SMALL if steps is None else {**SMALL, "num_inference_steps": steps}
+            return super().__call__(*args, **{**kwargs, **small})
+
+    return Small
+
+
+@torch.no_grad()
+def test_the_python_examples_run_one_after_the_other(monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(diffusers, "WanPipeline", stand_in(diffusers.WanPipeline, tiny.wan, steps=16))
+    # as many heads as the 5b model has: presets are found by the size of the denoiser
+    big = functools.partial(tiny.cogvideox, heads=48)
+    monkeypatch.setattr(diffusers, "CogVideoXPipeline", stand_in(diffusers.CogVideoXPipeline, big))
+    monkeypatch.setattr(lora, "_local_file", lambda source, name: lora_file(tmp_path, "cogvideox", width=48 * 16))
+    names, seen = {}, []
+    for code in blocks(ENGLISH, "python"):
+        exec(compile(code, "README.md", "exec"), names)
+        seen.append(names["video"])
+    assert [len(video) for video in seen] == [9, 9, 9]
+    assert (tmp_path / "report.png").stat().st_size > 1000
+    assert "24 sparse, 40 dense" in capsys.readouterr().out, "10 of 16 steps warm up; 2 layers, 2 passes a step"
+
+
+def test_the_preset_of_the_readme_is_one(tmp_path):
+    (code,) = blocks(ENGLISH, "yaml")
+    path = tmp_path / "my.yaml"
+    path.write_text(code, encoding="utf-8")
+    preset = load_preset("CogVideo_5b", "my_preset", config=path)
+    assert preset.levels == ((1, 0.1), (4, 0.3), (0, 1.0))
+    assert preset.replace(steps={"0:10%": {"type": "dense"}}).at(0, 50).type == "dense", "the example in the text"
+
+
+def commands():
+    lines = "".join(blocks(ENGLISH, "bash")).splitlines()
+    return [line.split("#")[0].strip() for line in lines if line.strip()]
+
+
+@pytest.mark.parametrize("command", commands())
+def test_the_commands_are_understood(command, capsys):
+    program, *args = shlex.split(command)
+    if program == "make":
+        assert re.search(rf"^{args[0]}:", (ROOT / "Makefile").read_text(encoding="utf-8"), flags=re.MULTILINE)
+        return
+    assert program == "python"
+    parse = load_script(Path(args[0]).stem).parse
+    assert (ROOT / args[0]).is_file()
+    if "--help" in args:
+        with pytest.raises(SystemExit, match=r"^0$"):
+            parse(args[1:])
+        return
+    options = parse(args[1:])
+    assert options.model in list_model_configs()
+
+
+def test_options_in_the_text_exist(capsys):
+    with pytest.raises(SystemExit):
+        load_script("generate").parse(["--help"])
+    known = set(re.findall(r"--[a-z_]+", capsys.readouterr().out))
+    for name, path in PAGES.items():
+        text = path.read_text(encoding="utf-8")
+        for line in re.findall(r"`(--[^`]+)`", text):
+            assert set(re.findall(r"--[a-z_]+", line)) <= known, f"{name}: {line}"
+
+
+def test_every_public_name_is_explained():
+    text = "".join(path.read_text(encoding="utf-8") for path in PAGES.values())
+    missing = [name for name in psa_diffusers.__all__ if not re.search(rf"\b{name}\b", text)]
+    assert not missing, f"neither the READMEs nor docs/ mention {missing}"
+
+
+def test_names_in_the_examples_of_the_tables_are_public():
+    calls = [code for code in re.findall(r"`([a-z_]+\(.*?\))`", ENGLISH) if not code.startswith("steps")]
+    assert len(calls) > 5
+    for code in calls:
+        (statement,) = ast.parse(code).body
+        called = {node.func.id for node in ast.walk(statement) if isinstance(getattr(node, "func", None), ast.Name)}
+        assert called <= set(psa_diffusers.__all__), code
+
+
+@pytest.mark.parametrize("text", [ENGLISH, CHINESE], ids=["english", "chinese"])
+def test_the_tables_hold_every_model_and_preset(text):
+    rows = dict(re.findall(r"^\| [^|]+ \| `([^`]+)` \| ([^|]+) \|$", text, flags=re.MULTILINE))
+    presets = list_presets()
+    assert set(rows) == set(presets) - {"default", "demo"}
+    for section, names in rows.items():
+        assert set(names.split(", ")) == set(presets[section]) - OWN_PRESETS
+        assert OWN_PRESETS <= set(presets[section])
+    for model in list_model_configs():
+        assert model in text
+
+
+def same_for_all_readers(code, language):
+    """A block without its comments and without what people read in strings."""
+    if language == "python":
+        tokens = tokenize.generate_tokens(io.StringIO(code).readline)
+        return [token.string for token in tokens if token.type != tokenize.COMMENT]
+    if language == "yaml":
+        section = yaml.safe_load(code)
+        for preset in section["CogVideo_5b"]["attention_configs"].values():
+            preset.pop("description")
+        return section
+    return [line.split("#")[0].rstrip() for line in code.splitlines()]
+
+
+@pytest.mark.parametrize("language", ["python", "bash", "yaml", "bibtex"])
+def test_both_readmes_have_the_same_examples(language):
+    english, chinese = (
+        [same_for_all_readers(code, language) for code in blocks(text, language)] for text in (ENGLISH, CHINESE)
+    )
+    assert english
+    assert english == chinese
+
+
+def test_both_readmes_say_as_much():
+    assert [len(re.findall(pattern, ENGLISH, re.MULTILINE)) for pattern in ("^##+ ", r"^\|", r"\]\(")] == [
+        len(re.findall(pattern, CHINESE, re.MULTILINE)) for pattern in ("^##+ ", r"^\|", r"\]\(")
+    ]
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_lead_somewhere(page):
+    text = PAGES[page].read_text(encoding="utf-8")
+    targets = [link.split("#")[0] for link in re.findall(r"\]\(([^)\s]+)\)", text) if "://" not in link]
+    missing = [target for target in targets if target and not (PAGES[page].parent / target).exists()]
+    assert not missing, f"{page} links to {missing}"
+
+
+def test_python_in_the_docs_imports_what_exists():
+    for name, path in PAGES.items():
+        for code in blocks(path.read_text(encoding="utf-8"), "python"):
+            for node in ast.walk(ast.parse(code)):
+                if isinstance(node, ast.ImportFrom) and node.module.split(".")[0] in ("psa_diffusers", "diffusers"):
+                    module = importlib.import_module(node.module)
+                    for alias in node.names:
+                        assert hasattr(module, alias.name), f"{name}: {node.module} has no {alias.name}"
