@@ -9,6 +9,7 @@ docs/concept.md says what is computed.
 """
 
 from psa_diffusers.attention import assign_levels, psa_attention, pyramid_attention
+from psa_diffusers.calibration import calibrate
 from psa_diffusers.lora import load_psa_lora
 from psa_diffusers.models.processor import PSAProcessor
 from psa_diffusers.pipeline import disable_psa, enable_psa
@@ -22,6 +23,7 @@ __all__ = [
     "PSAProcessor",
     "WarmupScheduler",
     "assign_levels",
+    "calibrate",
     "disable_psa",
     "enable_psa",
     "list_presets",
