@@ -8,11 +8,9 @@ import triton.language as tl
 from torch import Tensor
 
 from psa_diffusers.kernels.launch import head_strides, load_rows, on_device, padded, remember
-from psa_diffusers.kernels.tuning import tile_warps
+from psa_diffusers.kernels.tuning import importance_launch
 from psa_diffusers.layout import Layout
 from psa_diffusers.stages.importance import POOLED_CELL, SAMPLE_STRIDE
-
-_TILE = 64  # query cells a program and key cells an iteration, at least
 
 
 def block_importance(q: Tensor, k: Tensor, layout: Layout, method: str, scale: float) -> Tensor:
@@ -39,14 +37,15 @@ def block_importance(q: Tensor, k: Tensor, layout: Layout, method: str, scale: f
     batch, heads, num_q, dim = cells_q.shape
     num_blocks_q, num_blocks_k = layout.num_query_blocks, layout.num_key_blocks
     per_m, per_n = layout.block_m // step, layout.block_n // step
-    rows, columns = max(_TILE, per_m), max(_TILE, per_n)
+    launch = importance_launch(dim, q.element_size(), q.device)
+    rows, columns = max(launch.rows, per_m), max(launch.columns, per_n)
     importance = torch.empty(batch, heads, num_blocks_q, num_blocks_k, dtype=torch.float32, device=q.device)
     with on_device(q):
         _importance_kernel[(triton.cdiv(num_q, rows), batch * heads)](
             cells_q, cells_k, weights, bias, importance,
             num_q, cells_k.shape[2], num_blocks_q, num_blocks_k, scale * math.log2(math.e),
             HEAD_DIM=dim, D_PAD=padded(dim), ROWS=rows, COLUMNS=columns, PER_M=per_m, PER_N=per_n, MASS=mass,
-            num_warps=4, num_stages=2, enable_fp_fusion=True,
+            num_warps=launch.num_warps, num_stages=launch.num_stages, enable_fp_fusion=True,
         )  # fmt: skip
     return importance
 
@@ -56,12 +55,13 @@ def _represent(x: Tensor, rows: Tensor, step: int, lanes: int) -> Tensor:
     batch, heads, _, dim = x.shape
     num_cells = rows.shape[0] // step
     cells = torch.empty(batch, heads, num_cells, dim, dtype=x.dtype, device=x.device)
-    cells_a_program = max(1, 64 // lanes)
+    # eight channels a thread; where a cell is one token, a program takes more cells
+    cells_a_program = max(1, (1024 if lanes > 1 else 4096) // padded(dim))
     with on_device(x):
         _represent_kernel[(triton.cdiv(num_cells, cells_a_program), batch * heads)](
             x, rows, cells, head_strides(x), heads, num_cells,
             HEAD_DIM=dim, D_PAD=padded(dim), CELLS=cells_a_program, STEP=step, LANES=lanes,
-            num_warps=tile_warps(cells_a_program * lanes * padded(dim)), enable_fp_fusion=True,
+            num_warps=4, enable_fp_fusion=True,
         )  # fmt: skip
     return cells
 
@@ -82,15 +82,15 @@ def _represent_kernel(
 ):  # fmt: skip
     """Grid: (cdiv(cells, CELLS), B * H)."""
     i_bh = tl.program_id(1).to(tl.int64)
-    o_l = tl.arange(0, CELLS * LANES)
     o_d = tl.arange(0, D_PAD)
     o_c = tl.program_id(0) * CELLS + tl.arange(0, CELLS)
-    cell = tl.program_id(0) * CELLS + o_l // LANES
-    rows = tl.load(rows_ptr + cell * STEP + o_l % LANES, mask=cell < num_cells, other=-1)
     x_head = x_ptr + (i_bh // H) * X_STRIDES[0] + (i_bh % H) * X_STRIDES[1]
-    b_x = load_rows(x_head, rows, rows >= 0, X_STRIDES[2], o_d, HEAD_DIM, D_PAD).to(tl.float32)
-    total = tl.sum(tl.reshape(b_x, (CELLS, LANES, D_PAD)), 1)
-    count = tl.sum(tl.reshape((rows >= 0).to(tl.float32), (CELLS, LANES)), 1)
+    total = tl.zeros([CELLS, D_PAD], tl.float32)
+    count = tl.zeros([CELLS], tl.float32)
+    for i in tl.static_range(LANES):  # one token of each cell at a time: a thread adds up cells of its own
+        rows = tl.load(rows_ptr + o_c * STEP + i, mask=o_c < num_cells, other=-1)
+        total += load_rows(x_head, rows, rows >= 0, X_STRIDES[2], o_d, HEAD_DIM, D_PAD).to(tl.float32)
+        count += (rows >= 0).to(tl.float32)
     mean = total / tl.maximum(count, 1.0)[:, None]
     tl.store(
         cells_ptr + (i_bh * num_cells + o_c)[:, None] * HEAD_DIM + o_d[None, :],

@@ -6,11 +6,11 @@ import triton.language as tl
 from torch import Tensor
 
 from psa_diffusers.kernels.launch import head_strides, load_rows, on_device, pack_factors, padded, remember
-from psa_diffusers.kernels.tuning import tile_warps
 from psa_diffusers.layout import Layout
 from psa_diffusers.stages.pyramid import Pyramid, pooled_rows
 
-_COVARIANCE_PROGRAMS = 512  # enough to fill any chip; a number of the chip's own would change the order of the sums
+_SPAN = 16  # tokens that one thread row merges, two by two, without talking to another
+_COVARIANCE_ROWS = 2048  # cells a program sums over; a number of the chip's own would change the order of the sums
 
 
 def build_pyramid(
@@ -41,12 +41,17 @@ def build_pyramid(
     variance = torch.empty(batch, heads, num_rows, dtype=torch.float32, device=k.device) if key_variance else None
     broken = torch.empty(batch, heads, num_blocks, dtype=torch.int8, device=k.device)
     log_counts = remember(layout, ("log_counts", factors), lambda: _log_counts(layout, factors))
+    span = min(_SPAN, block_n)
+    # a tile of spans: eight channels a thread, so that a thread merges whole spans in its registers
+    blocks = max(1, 1024 * span // (block_n * padded(dim)))
+    spans = blocks * (block_n // span)
     with on_device(k):
-        _pyramid_kernel[(num_blocks, batch * heads)](
+        _pyramid_kernel[(triton.cdiv(num_blocks, blocks), batch * heads)](
             k, v, layout.key_rows, keys, values, keys if variance is None else variance, broken,
             head_strides(k), head_strides(v), heads, num_blocks, num_rows,
             FACTORS=sum(factors), LEVELS=factors[-1].bit_length() - 1, HEAD_DIM=dim, D_PAD=padded(dim), BLOCK_N=block_n,
-            KEY_VARIANCE=key_variance, num_warps=tile_warps(block_n * padded(dim)), enable_fp_fusion=True,
+            BLOCKS=blocks, SPAN=span, KEY_VARIANCE=key_variance,
+            num_warps=max(1, min(8, spans * padded(dim) // 256)), enable_fp_fusion=True,
         )  # fmt: skip
     return Pyramid(
         factors=tuple(factors),
@@ -75,31 +80,38 @@ def _covariance(
     of the cells, and the parts are added in a fixed order.
     """
     batch, heads, tokens, dim = k.shape
-    covariance = torch.zeros(batch, heads, len(factors), dim, dim, dtype=torch.float32, device=k.device)
+    covariance = torch.empty(batch, heads, len(factors), dim, dim, dtype=torch.float32, device=k.device)
     if len(factors) == 1:
-        return covariance
+        return covariance.zero_()
     num_lanes = layout.key_rows.shape[0]
+    splits = [triton.cdiv(num_lanes // factor, _COVARIANCE_ROWS) for factor in factors[:-1]]
+    ends = remember(layout, ("splits", factors), lambda: torch.tensor(splits).cumsum(0).int().to(k.device))
     columns = min(padded(dim), 128)
-    tile = 64 if padded(dim) < 128 else 32  # cells an iteration: more do not fit the registers
     panels = padded(dim) // columns
-    tiles = triton.cdiv(num_lanes, tile)
-    splits = max(1, min(triton.cdiv(tiles, 16), _COVARIANCE_PROGRAMS // (batch * heads * panels)))
-    parts = torch.empty(splits, batch, heads, len(factors) - 1, dim, dim, dtype=torch.float32, device=k.device)
+    parts = torch.empty(sum(splits), batch * heads, dim, dim, dtype=torch.float32, device=k.device)
 
-    def launch(first: int, number: int, from_tokens: bool) -> None:
-        _covariance_kernel[(splits * panels, number, batch * heads)](
-            k, v, layout.key_rows, keys, values, log_counts, parts,
-            head_strides(k), head_strides(v), heads, num_lanes, keys.shape[2],
-            len(factors), pack_factors(factors), first, splits,
-            HEAD_DIM=dim, D_PAD=padded(dim), TILE=tile, COLUMNS=columns, FROM_TOKENS=from_tokens,
+    def launch(first: int, last: int, from_tokens: bool, pairs: bool) -> None:
+        _covariance_kernel[(splits[first - 1] * panels, last - first + 1, batch * heads)](
+            k, v, layout.key_rows, keys, values, log_counts, parts, ends,
+            head_strides(k), head_strides(v), heads, num_lanes, keys.shape[2], pack_factors(factors), first,
+            HEAD_DIM=dim, D_PAD=padded(dim), TILE=64 if padded(dim) < 128 else 32, COLUMNS=columns, PANELS=panels,
+            CELLS=_COVARIANCE_ROWS, FROM_TOKENS=from_tokens, PAIRS=pairs,
             num_warps=8 if padded(dim) >= 128 else 4, num_stages=1, enable_fp_fusion=True,
         )  # fmt: skip
 
     with on_device(k):
-        launch(1, 1, True)
-        if len(factors) > 2:
-            launch(2, len(factors) - 2, False)
-    covariance[:, :, 1:] = parts.sum(0).cumsum(2).div_(tokens)
+        # runs of factors that step alike, in one launch each
+        first = 1
+        while first < len(factors):
+            pairs = factors[first] == 2 * factors[first - 1]
+            last = first
+            while first > 1 and last + 1 < len(factors) and (factors[last + 1] == 2 * factors[last]) == pairs:
+                last += 1
+            launch(first, last, first == 1, pairs)
+            first = last + 1
+        _add_parts_kernel[(triton.cdiv(dim * dim, 256), batch * heads)](
+            parts, ends, covariance, dim * dim, len(factors), 1 / tokens, SIZE=256, num_warps=2, enable_fp_fusion=True
+        )
     return covariance
 
 
@@ -110,141 +122,227 @@ def _pyramid_kernel(
     broken_ptr,                            # [B, H, N] int8, 1 = a number of the block is not finite
     K_STRIDES, V_STRIDES, H, num_blocks, num_rows,
     FACTORS: tl.constexpr, LEVELS: tl.constexpr,  # the factors, one bit each; log2 of the largest
-    HEAD_DIM: tl.constexpr, D_PAD: tl.constexpr, BLOCK_N: tl.constexpr, KEY_VARIANCE: tl.constexpr,
+    HEAD_DIM: tl.constexpr, D_PAD: tl.constexpr, BLOCK_N: tl.constexpr, BLOCKS: tl.constexpr, SPAN: tl.constexpr,
+    KEY_VARIANCE: tl.constexpr,
 ):  # fmt: skip
-    """One key block, all factors. Grid: (N, B * H)."""
-    i_n = tl.program_id(0)
+    """BLOCKS key blocks, all factors, every token read once. Grid: (cdiv(N, BLOCKS), B * H).
+
+    A block is cut into spans of SPAN tokens. Token i of all spans is one tile ``[SPANS, D]``; tiles are merged two by
+    two as a binary counter counts, so the first levels need no exchange between threads.
+    """
+    SPANS: tl.constexpr = BLOCKS * BLOCK_N // SPAN
     i_bh = tl.program_id(1).to(tl.int64)
-    i_b = i_bh // H
-    i_h = i_bh % H
-    k_ptr += i_b * K_STRIDES[0] + i_h * K_STRIDES[1]
-    v_ptr += i_b * V_STRIDES[0] + i_h * V_STRIDES[1]
+    k_ptr += (i_bh // H) * K_STRIDES[0] + (i_bh % H) * K_STRIDES[1]
+    v_ptr += (i_bh // H) * V_STRIDES[0] + (i_bh % H) * V_STRIDES[1]
+    keys_ptr += i_bh * num_rows * HEAD_DIM
+    values_ptr += i_bh * num_rows * HEAD_DIM
+    variance_ptr += i_bh * num_rows
+    first = tl.program_id(0) * (BLOCKS * BLOCK_N)
+    num_lanes = num_blocks * BLOCK_N
     o_d = tl.arange(0, D_PAD)
-    rows = tl.load(rows_ptr + i_n * BLOCK_N + tl.arange(0, BLOCK_N))
-    real = (rows >= 0).to(tl.float32)
-    b_k = load_rows(k_ptr, rows, rows >= 0, K_STRIDES[2], o_d, HEAD_DIM, D_PAD).to(tl.float32)
-    broken = _any_broken(b_k)
-    _pool(
-        b_k, real, keys_ptr + i_bh * num_rows * HEAD_DIM, variance_ptr + i_bh * num_rows, i_n, num_blocks,
-        FACTORS, LEVELS, HEAD_DIM, D_PAD, BLOCK_N, KEY_VARIANCE,
-    )  # fmt: skip
-    tl.debug_barrier()  # else the values are loaded early, and no registers are left for the keys
-    b_v = load_rows(v_ptr, rows, rows >= 0, V_STRIDES[2], o_d, HEAD_DIM, D_PAD).to(tl.float32)
-    broken = tl.maximum(broken, _any_broken(b_v))
-    _pool(
-        b_v, real, values_ptr + i_bh * num_rows * HEAD_DIM, variance_ptr, i_n, num_blocks,
-        FACTORS, LEVELS, HEAD_DIM, D_PAD, BLOCK_N, False,
-    )  # fmt: skip
-    tl.store(broken_ptr + i_bh * num_blocks + i_n, broken.to(tl.int8))
+    lane = first + tl.arange(0, SPANS) * SPAN
+    inside = lane < num_lanes
+    broken = tl.zeros([SPANS], tl.int32)
+    for i in tl.static_range(SPAN):
+        rows = tl.load(rows_ptr + lane + i, mask=inside, other=-1)
+        k = load_rows(k_ptr, rows, rows >= 0, K_STRIDES[2], o_d, HEAD_DIM, D_PAD).to(tl.float32)
+        v = load_rows(v_ptr, rows, rows >= 0, V_STRIDES[2], o_d, HEAD_DIM, D_PAD).to(tl.float32)
+        # the comparison is false for NaN too
+        sound = (tl.abs(k) < float("inf")) & (tl.abs(v) < float("inf"))
+        broken = tl.maximum(broken, 1 - tl.min(sound.to(tl.int32), 1))
+        n = (rows >= 0).to(tl.float32)
+        s = tl.zeros([SPANS], tl.float32)
+        if SPAN >= 2:
+            if i % 2 == 0:
+                k1, v1, n1, s1 = k, v, n, s
+            else:
+                k, v, n, s = _merge(k1, v1, n1, s1, k, v, n, s, KEY_VARIANCE)
+                _keep(k, v, n, s, keys_ptr, values_ptr, variance_ptr, lane + i, inside, num_lanes, 1, FACTORS, HEAD_DIM, D_PAD, KEY_VARIANCE)
+                if SPAN >= 4:
+                    if i % 4 == 1:
+                        k2, v2, n2, s2 = k, v, n, s
+                    else:
+                        k, v, n, s = _merge(k2, v2, n2, s2, k, v, n, s, KEY_VARIANCE)
+                        _keep(k, v, n, s, keys_ptr, values_ptr, variance_ptr, lane + i, inside, num_lanes, 2, FACTORS, HEAD_DIM, D_PAD, KEY_VARIANCE)
+                        if SPAN >= 8:
+                            if i % 8 == 3:
+                                k3, v3, n3, s3 = k, v, n, s
+                            else:
+                                k, v, n, s = _merge(k3, v3, n3, s3, k, v, n, s, KEY_VARIANCE)
+                                _keep(k, v, n, s, keys_ptr, values_ptr, variance_ptr, lane + i, inside, num_lanes, 3, FACTORS, HEAD_DIM, D_PAD, KEY_VARIANCE)
+                                if SPAN >= 16:
+                                    if i % 16 == 7:
+                                        k4, v4, n4, s4 = k, v, n, s
+                                    else:
+                                        k, v, n, s = _merge(k4, v4, n4, s4, k, v, n, s, KEY_VARIANCE)
+                                        _keep(k, v, n, s, keys_ptr, values_ptr, variance_ptr, lane + i, inside, num_lanes, 4, FACTORS, HEAD_DIM, D_PAD, KEY_VARIANCE)
 
+    block = tl.program_id(0) * BLOCKS + tl.arange(0, BLOCKS)
+    of_block = tl.max(tl.reshape(broken, (BLOCKS, BLOCK_N // SPAN)), 1)
+    tl.store(broken_ptr + i_bh * num_blocks + block, of_block.to(tl.int8), mask=block < num_blocks)
 
-@triton.jit
-def _any_broken(x):
-    # the comparison is false for NaN too
-    return 1 - tl.min(tl.min((tl.abs(x) < float("inf")).to(tl.int32), 1), 0)
-
-
-@triton.jit
-def _pool(
-    mean, count, out_ptr, variance_ptr, i_n, num_blocks,
-    FACTORS: tl.constexpr, LEVELS: tl.constexpr, HEAD_DIM: tl.constexpr, D_PAD: tl.constexpr, BLOCK_N: tl.constexpr,
-    VARIANCE: tl.constexpr,
-):  # fmt: skip
-    """Halve the block level by level, and store the levels that are factors of the preset."""
-    o_d = tl.arange(0, D_PAD)
-    scatter = tl.zeros([BLOCK_N], tl.float32)
-    base = 0
+    # what is wider than a span: neighbours in the tile
     for level in tl.static_range(1, LEVELS + 1):
-        mean, count, scatter = _merge_pairs(mean, count, scatter, BLOCK_N >> level, D_PAD, VARIANCE)
-        if (FACTORS >> level) & 1:
-            row = base + i_n * (BLOCK_N >> level) + tl.arange(0, BLOCK_N >> level)
-            tl.store(
-                out_ptr + row[:, None] * HEAD_DIM + o_d[None, :],
-                mean.to(out_ptr.dtype.element_ty),
-                mask=(o_d < HEAD_DIM)[None, :],
-            )
-            if VARIANCE:
-                tl.store(variance_ptr + row, scatter / (tl.maximum(count, 1.0) * HEAD_DIM))
-            base += num_blocks * (BLOCK_N >> level)
+        if (1 << level) > SPAN:
+            k, v, n, s = _merge_neighbours(k, v, n, s, BLOCKS * BLOCK_N >> level, D_PAD, KEY_VARIANCE)
+            start = first + (tl.arange(0, BLOCKS * BLOCK_N >> level) << level)
+            _keep(
+                k, v, n, s, keys_ptr, values_ptr, variance_ptr, start, start < num_lanes, num_lanes,
+                level, FACTORS, HEAD_DIM, D_PAD, KEY_VARIANCE,
+            )  # fmt: skip
 
 
 @triton.jit
-def _merge_pairs(mean, count, scatter, CELLS: tl.constexpr, D_PAD: tl.constexpr, VARIANCE: tl.constexpr):
-    """Mean ``[CELLS, D]``, number of tokens and sum of squared deviations ``[CELLS]`` of the union of neighbours."""
-    pair = tl.reshape(mean, (CELLS, 2, D_PAD))
-    number = tl.reshape(count, (CELLS, 2))
-    total = tl.sum(number, 1)
-    merged = tl.sum(pair * number[:, :, None], 1) / tl.maximum(total, 1.0)[:, None]
-    between = tl.sum(tl.reshape(scatter, (CELLS, 2)), 1)
+def _merge(ka, va, na, sa, kb, vb, nb, sb, VARIANCE: tl.constexpr):
+    """Means ``[R, D]``, number of tokens and sum of squared key deviations ``[R]`` of the union of two sets of cells."""
+    n = na + nb
+    share = nb / tl.maximum(n, 1.0)
+    away = kb - ka
+    s = sa + sb
     if VARIANCE:
         # parallel-axis formula: differences of means, never of squares, so nothing cancels
-        away = pair - merged[:, None, :]
-        between += tl.sum(tl.sum(away * away, 2) * number, 1)
-    return merged, total, between
+        s += tl.sum(away * away, 1) * (na * share)
+    return ka + away * share[:, None], va + (vb - va) * share[:, None], n, s
 
 
-@triton.jit(do_not_specialize=["num_lanes", "num_rows", "num_factors", "packed_factors", "first", "splits"])
+@triton.jit
+def _keep(
+    k, v, n, s, keys_ptr, values_ptr, variance_ptr, lane, inside, num_lanes,
+    LEVEL: tl.constexpr, FACTORS: tl.constexpr, HEAD_DIM: tl.constexpr, D_PAD: tl.constexpr, VARIANCE: tl.constexpr,
+):  # fmt: skip
+    """Store the cells in which the lanes stand, if their level is a factor of the preset."""
+    if (FACTORS >> LEVEL) & 1:
+        row = lane >> LEVEL
+        for finer in tl.static_range(1, LEVEL):
+            if (FACTORS >> finer) & 1:
+                row += num_lanes >> finer
+        o_d = tl.arange(0, D_PAD)
+        place = row[:, None] * HEAD_DIM + o_d[None, :]
+        mask = inside[:, None] & (o_d < HEAD_DIM)[None, :]
+        tl.store(keys_ptr + place, k.to(keys_ptr.dtype.element_ty), mask=mask)
+        tl.store(values_ptr + place, v.to(values_ptr.dtype.element_ty), mask=mask)
+        if VARIANCE:
+            tl.store(variance_ptr + row, s / (tl.maximum(n, 1.0) * HEAD_DIM), mask=inside)
+
+
+@triton.jit
+def _merge_neighbours(k, v, n, s, CELLS: tl.constexpr, D_PAD: tl.constexpr, VARIANCE: tl.constexpr):
+    """As `_merge`, of cells that stand next to each other in one tile: ``[2 * CELLS, D]`` to ``[CELLS, D]``."""
+    pair_n = tl.reshape(n, (CELLS, 2))
+    total = tl.sum(pair_n, 1)
+    share = tl.reshape(pair_n / tl.maximum(total, 1.0)[:, None], (CELLS, 2, 1))
+    pair_k = tl.reshape(k, (CELLS, 2, D_PAD))
+    mean_k = tl.sum(pair_k * share, 1)
+    mean_v = tl.sum(tl.reshape(v, (CELLS, 2, D_PAD)) * share, 1)
+    s = tl.sum(tl.reshape(s, (CELLS, 2)), 1)
+    if VARIANCE:
+        away = pair_k - mean_k[:, None, :]
+        s += tl.sum(tl.sum(away * away, 2) * pair_n, 1)
+    return mean_k, mean_v, total, s
+
+
+@triton.jit(do_not_specialize=["num_lanes", "num_rows", "packed_factors", "first"])
 def _covariance_kernel(
     k_ptr, v_ptr, rows_ptr,                # [B, H, L, D] [B, H, L, D] [N * block_n]
     keys_ptr, values_ptr, log_counts_ptr,  # [B, H, P, D] [B, H, P, D] [P]
-    parts_ptr,                             # [splits, B, H, F - 1, D, D]
-    K_STRIDES, V_STRIDES, H, num_lanes, num_rows, num_factors, packed_factors, first, splits,
-    HEAD_DIM: tl.constexpr, D_PAD: tl.constexpr, TILE: tl.constexpr, COLUMNS: tl.constexpr, FROM_TOKENS: tl.constexpr,
+    parts_ptr, ends_ptr,                   # [parts, B * H, D, D] [F - 1]: where the parts of each factor end
+    K_STRIDES, V_STRIDES, H, num_lanes, num_rows, packed_factors, first,
+    HEAD_DIM: tl.constexpr, D_PAD: tl.constexpr, TILE: tl.constexpr, COLUMNS: tl.constexpr, PANELS: tl.constexpr,
+    CELLS: tl.constexpr, FROM_TOKENS: tl.constexpr, PAIRS: tl.constexpr,
 ):  # fmt: skip
-    """Covariance of the cells of one factor (the fine ones) within the cells of the next (the coarse ones).
+    """Covariance of CELLS cells of one factor (the fine ones) within the cells of the next (the coarse ones).
 
-    Grid: (splits * panels of COLUMNS value channels, factors, B * H). Factor `first + program_id(1)` is the coarse one.
+    Grid: (splits * PANELS of COLUMNS value channels, factors, B * H). Factor `first + program_id(1)` is the coarse one.
     """
-    split = tl.program_id(0) % splits
-    panel = tl.program_id(0) // splits
+    split = tl.program_id(0) // PANELS
+    panel = tl.program_id(0) % PANELS
     f = first + tl.program_id(1)
     i_bh = tl.program_id(2).to(tl.int64)
-    i_b = i_bh // H
-    i_h = i_bh % H
-    k_ptr += i_b * K_STRIDES[0] + i_h * K_STRIDES[1]
-    v_ptr += i_b * V_STRIDES[0] + i_h * V_STRIDES[1]
     log2_coarse = (packed_factors >> (4 * f)) & 15
     log2_fine = (packed_factors >> (4 * (f - 1))) & 15
-    base_fine = 0
-    base_coarse = 0
-    for g in range(1, f):
-        base_fine = base_coarse
-        base_coarse += num_lanes >> ((packed_factors >> (4 * g)) & 15)
-
-    keys_ptr += i_bh * num_rows * HEAD_DIM
-    values_ptr += i_bh * num_rows * HEAD_DIM
     num_cells = num_lanes >> log2_fine
-    share = tl.cdiv(tl.cdiv(num_cells, TILE), splits) * TILE
-    stop = tl.minimum((split + 1) * share, num_cells)
-    o_t = tl.arange(0, TILE)
-    o_d = tl.arange(0, D_PAD)
-    o_c = panel * COLUMNS + tl.arange(0, COLUMNS)
-    total = tl.zeros([D_PAD, COLUMNS], tl.float32)
-    for t in range(split * share, stop, TILE):
-        cell = t + o_t
-        real = cell < stop
-        coarse = base_coarse + (cell >> (log2_coarse - log2_fine))
-        if FROM_TOKENS:
-            fine = tl.load(rows_ptr + cell, mask=real, other=-1)
-            weight = (fine >= 0).to(tl.float32)
-            b_k = load_rows(k_ptr, fine, fine >= 0, K_STRIDES[2], o_d, HEAD_DIM, D_PAD)
-            b_v = load_rows(v_ptr, fine, fine >= 0, V_STRIDES[2], o_c, HEAD_DIM, COLUMNS)
-        else:
-            fine = base_fine + cell
-            # 1 for a full cell: a count would take float16 further from its reach
-            weight = tl.exp(tl.load(log_counts_ptr + fine, mask=real, other=float("-inf"))) / (1 << log2_fine)
-            b_k = load_rows(keys_ptr, fine, real, HEAD_DIM, o_d, HEAD_DIM, D_PAD)
-            b_v = load_rows(values_ptr, fine, real, HEAD_DIM, o_c, HEAD_DIM, COLUMNS)
-        mean_k = load_rows(keys_ptr, coarse, real, HEAD_DIM, o_d, HEAD_DIM, D_PAD).to(tl.float32)
-        mean_v = load_rows(values_ptr, coarse, real, HEAD_DIM, o_c, HEAD_DIM, COLUMNS).to(tl.float32)
-        away_k = (b_k.to(tl.float32) - mean_k) * weight[:, None]
-        away_v = tl.where(weight[:, None] > 0, b_v.to(tl.float32) - mean_v, 0.0)
-        total = tl.dot(tl.trans(away_k.to(b_k.dtype)), away_v.to(b_k.dtype), total, input_precision="ieee")
-    total *= (1 << log2_fine).to(tl.float32)
+    if split * CELLS < num_cells:
+        base_fine = 0
+        base_coarse = 0
+        for g in range(1, f):
+            base_fine = base_coarse
+            base_coarse += num_lanes >> ((packed_factors >> (4 * g)) & 15)
+        k_ptr += (i_bh // H) * K_STRIDES[0] + (i_bh % H) * K_STRIDES[1]
+        v_ptr += (i_bh // H) * V_STRIDES[0] + (i_bh % H) * V_STRIDES[1]
+        keys_ptr += i_bh * num_rows * HEAD_DIM
+        values_ptr += i_bh * num_rows * HEAD_DIM
+        stop = tl.minimum((split + 1) * CELLS, num_cells)
+        o_t = tl.arange(0, TILE)
+        o_d = tl.arange(0, D_PAD)
+        o_c = panel * COLUMNS + tl.arange(0, COLUMNS)
+        total = tl.zeros([D_PAD, COLUMNS], tl.float32)
+        for t in range(split * CELLS, stop, 2 * TILE if PAIRS else TILE):
+            if PAIRS:
+                # of two cells, the product of their differences is all there is: n1 n2 / (n1 + n2) (k1 - k2)^T (v1 - v2)
+                cell = t + 2 * o_t
+                k1, v1, n1 = _cells(cell, stop, k_ptr, v_ptr, rows_ptr, keys_ptr, values_ptr, log_counts_ptr, K_STRIDES[2], V_STRIDES[2], base_fine, log2_fine, o_d, o_c, HEAD_DIM, D_PAD, COLUMNS, FROM_TOKENS)
+                k2, v2, n2 = _cells(cell + 1, stop, k_ptr, v_ptr, rows_ptr, keys_ptr, values_ptr, log_counts_ptr, K_STRIDES[2], V_STRIDES[2], base_fine, log2_fine, o_d, o_c, HEAD_DIM, D_PAD, COLUMNS, FROM_TOKENS)
+                weight = n1 * n2 / tl.maximum(n1 + n2, 1e-6)
+                away_k = k1.to(tl.float32) - k2.to(tl.float32)
+                away_v = v1.to(tl.float32) - v2.to(tl.float32)
+            else:
+                cell = t + o_t
+                coarse = base_coarse + (cell >> (log2_coarse - log2_fine))
+                k1, v1, weight = _cells(cell, stop, k_ptr, v_ptr, rows_ptr, keys_ptr, values_ptr, log_counts_ptr, K_STRIDES[2], V_STRIDES[2], base_fine, log2_fine, o_d, o_c, HEAD_DIM, D_PAD, COLUMNS, FROM_TOKENS)
+                away_k = k1.to(tl.float32) - load_rows(keys_ptr, coarse, cell < stop, HEAD_DIM, o_d, HEAD_DIM, D_PAD).to(tl.float32)
+                away_v = v1.to(tl.float32) - load_rows(values_ptr, coarse, cell < stop, HEAD_DIM, o_c, HEAD_DIM, COLUMNS).to(tl.float32)
+            away_k = (away_k * weight[:, None]).to(k1.dtype)
+            away_v = tl.where(weight[:, None] > 0, away_v, 0.0).to(k1.dtype)
+            total = tl.dot(tl.trans(away_k), away_v, total, input_precision="ieee")
+        total *= (1 << log2_fine).to(tl.float32)
 
-    i_part = (split * tl.num_programs(2) + i_bh) * (num_factors - 1) + f - 1
-    tl.store(
-        parts_ptr + i_part * HEAD_DIM * HEAD_DIM + o_d[:, None] * HEAD_DIM + o_c[None, :],
-        total,
-        mask=(o_d < HEAD_DIM)[:, None] & (o_c < HEAD_DIM)[None, :],
-    )
+        start = 0
+        if f > 1:
+            start = tl.load(ends_ptr + f - 2)
+        i_part = (start + split) * tl.num_programs(2) + i_bh
+        tl.store(
+            parts_ptr + i_part * HEAD_DIM * HEAD_DIM + o_d[:, None] * HEAD_DIM + o_c[None, :],
+            total,
+            mask=(o_d < HEAD_DIM)[:, None] & (o_c < HEAD_DIM)[None, :],
+        )
+
+
+@triton.jit
+def _cells(
+    cell, stop, k_ptr, v_ptr, rows_ptr, keys_ptr, values_ptr, log_counts_ptr, k_stride, v_stride,
+    base, log2_factor, o_d, o_c, D: tl.constexpr, D_PAD: tl.constexpr, COLUMNS: tl.constexpr, FROM_TOKENS: tl.constexpr,
+):  # fmt: skip
+    """Keys, some channels of the values, and weights of cells: tokens, or cells of a pooled factor."""
+    if FROM_TOKENS:
+        row = tl.load(rows_ptr + cell, mask=cell < stop, other=-1)
+        b_k = load_rows(k_ptr, row, row >= 0, k_stride, o_d, D, D_PAD)
+        b_v = load_rows(v_ptr, row, row >= 0, v_stride, o_c, D, COLUMNS)
+        return b_k, b_v, (row >= 0).to(tl.float32)
+    else:
+        row = base + cell
+        b_k = load_rows(keys_ptr, row, cell < stop, D, o_d, D, D_PAD)
+        b_v = load_rows(values_ptr, row, cell < stop, D, o_c, D, COLUMNS)
+        # 1 for a full cell: a count would take float16 further from its reach
+        count = tl.exp(tl.load(log_counts_ptr + row, mask=cell < stop, other=float("-inf")))
+        return b_k, b_v, count / (1 << log2_factor)
+
+
+@triton.jit(do_not_specialize=["num_factors"])
+def _add_parts_kernel(
+    parts_ptr, ends_ptr, covariance_ptr,  # [parts, B * H, D * D] [F - 1] [B * H, F, D * D]
+    size, num_factors, one_over_tokens, SIZE: tl.constexpr,
+):  # fmt: skip
+    """Add up the parts, factor upon factor. Grid: (cdiv(D * D, SIZE), B * H)."""
+    i_bh = tl.program_id(1).to(tl.int64)
+    place = tl.program_id(0) * SIZE + tl.arange(0, SIZE)
+    mask = place < size
+    covariance_ptr += i_bh * num_factors * size
+    total = tl.zeros([SIZE], tl.float32)
+    tl.store(covariance_ptr + place, total, mask=mask)
+    part = 0
+    for f in range(1, num_factors):
+        end = tl.load(ends_ptr + f - 1)
+        for i in range(part, end):
+            total += tl.load(parts_ptr + (i * tl.num_programs(1) + i_bh) * size + place, mask=mask, other=0.0)
+        part = end
+        tl.store(covariance_ptr + f * size + place, total * one_over_tokens, mask=mask)

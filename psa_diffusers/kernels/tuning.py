@@ -72,6 +72,26 @@ def attend_launch(head_dim: int, itemsize: int, block_m: int, device: torch.devi
     return AttendLaunch(rows, row.tile_n, row.num_warps if rows == row.rows else min(4, row.num_warps), row.num_stages)
 
 
+@dataclass(frozen=True)
+class ImportanceLaunch:
+    """Attributes:
+    rows: Query cells a program, at least.
+    columns: Key cells an iteration, at least.
+    num_warps: Warps a program.
+    num_stages: Iterations in flight.
+    """
+
+    rows: int
+    columns: int
+    num_warps: int
+    num_stages: int
+
+
+def importance_launch(head_dim: int, itemsize: int, device: torch.device) -> ImportanceLaunch:
+    """How the estimator runs for these inputs."""
+    return ImportanceLaunch(64, 64, 4, 2)
+
+
 def tile_warps(elements: int) -> int:
     """Warps for a float32 tile that a program holds in registers: 32 to 64 registers of it a thread."""
     return max(1, min(8, elements // 1024))
@@ -79,7 +99,7 @@ def tile_warps(elements: int) -> int:
 
 def row_warps(size: int) -> int:
     """Warps for a program that holds one row of ``size`` block entries."""
-    return max(1, min(16, size // 256))
+    return max(1, min(16, size // 512))
 
 
 @cache
