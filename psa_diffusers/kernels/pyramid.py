@@ -291,9 +291,9 @@ def _covariance_kernel(
                 k1, v1, weight = _cells(cell, stop, k_ptr, v_ptr, rows_ptr, keys_ptr, values_ptr, log_counts_ptr, K_STRIDES[2], V_STRIDES[2], base_fine, log2_fine, o_d, o_c, HEAD_DIM, D_PAD, COLUMNS, FROM_TOKENS)
                 away_k = k1.to(tl.float32) - load_rows(keys_ptr, coarse, cell < stop, HEAD_DIM, o_d, HEAD_DIM, D_PAD).to(tl.float32)
                 away_v = v1.to(tl.float32) - load_rows(values_ptr, coarse, cell < stop, HEAD_DIM, o_c, HEAD_DIM, COLUMNS).to(tl.float32)
-            away_k = (away_k * weight[:, None]).to(k1.dtype)
-            away_v = tl.where(weight[:, None] > 0, away_v, 0.0).to(k1.dtype)
-            total = tl.dot(tl.trans(away_k), away_v, total, input_precision="ieee")
+            # the weight goes to the values: Triton 3.6 gets a transposed operand wrong that took more than loads to make
+            away_v = tl.where(weight[:, None] > 0, away_v * weight[:, None], 0.0).to(k1.dtype)
+            total = tl.dot(tl.trans(away_k.to(k1.dtype)), away_v, total, input_precision="ieee")
         total *= (1 << log2_fine).to(tl.float32)
 
         start = 0

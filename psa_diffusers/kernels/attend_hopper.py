@@ -1,0 +1,573 @@
+"""Stage 7 on Hopper: `psa_diffusers.kernels.attend` with one group of warps that fetches and two that compute.
+
+Two things that Triton's own pipeline cannot do make it faster: the addresses of a tile are looked up two tiles ahead by
+warps that have nothing else to do, and the next rows begin while the last ones end.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import async_copy
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from psa_diffusers.kernels.launch import head_strides, on_device, pack_factors
+from psa_diffusers.layout import Layout
+from psa_diffusers.stages.pyramid import Pyramid
+from psa_diffusers.stages.schedule import Schedule
+
+BLOCK_M = 128  # queries of a program: 64 for each group of warps that computes
+TILE = 128  # keys or cells of an iteration
+HEAD_DIMS = (64, 128)
+MOST_FACTORS = 8
+
+_LOG2E = gl.constexpr(math.log2(math.e))
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pyramid: Pyramid,
+    schedule: Schedule,
+    layout: Layout,
+    *,
+    scale: float,
+    variance_cap: float,
+) -> Tensor:
+    """Read each kept block at its factor. As `psa_diffusers.kernels.attend.attend`, where `why_not` has no objection."""
+    batch, heads, _, dim = q.shape
+    out = torch.empty_like(q)
+    log2e = math.log2(math.e)
+    num_factors = len(schedule.factors)
+    key_variance, value_tilt = pyramid.variance is not None, pyramid.covariance is not None
+    covariance, sizes = _halve(pyramid.covariance, q.dtype) if value_tilt else (q, pyramid.log_counts)
+    with on_device(q):
+        programs = torch.cuda.get_device_properties(q.device).multi_processor_count
+        work = layout.num_query_blocks * batch * heads
+        _attend_kernel[(min(programs, work),)](
+            q, k, v, out,
+            pyramid.keys, pyramid.values, pyramid.log_counts,
+            pyramid.variance if key_variance else pyramid.log_counts, covariance, sizes,
+            schedule.block_ids, schedule.offsets, layout.query_rows, layout.key_rows,
+            torch.zeros(1, dtype=torch.int32, device=q.device),
+            *head_strides(q), *head_strides(k), *head_strides(v), *head_strides(out),
+            heads, layout.num_query_blocks, layout.num_key_blocks, pyramid.keys.shape[2], work,
+            _pack_cells(schedule.factors, layout.block_n), _pack_bases(schedule.factors, layout.block_n),
+            (layout.num_key_blocks - layout.video_key_blocks + 1) * layout.block_n,
+            scale, scale * log2e, 0.5 * scale**2 * log2e, variance_cap * log2e,
+            D=dim, BLOCK_M=BLOCK_M, BLOCK_N=layout.block_n, TILE=TILE, STAGES=256 // dim, F=num_factors,
+            KEY_VARIANCE=key_variance, VALUE_TILT=value_tilt, SIZED=q.dtype == torch.float16,
+            COMPUTE_REGISTERS=200, FETCH_REGISTERS=104, num_warps=4,
+        )  # fmt: skip
+    return out
+
+
+def _halve(covariance: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The covariance in half precision, and the power of two ``[B, H, F]`` that was taken out for float16."""
+    if dtype == torch.bfloat16:
+        return covariance.to(dtype), covariance
+    largest = covariance.abs().amax((-1, -2))
+    sizes = torch.exp2(largest.clamp(2.0**-100, 2.0**100).log2().ceil())
+    return (covariance / sizes[..., None, None]).to(dtype), sizes
+
+
+def _pack_cells(factors: tuple[int, ...], block_n: int) -> int:
+    """log2 of the cells of a block at every factor, four bits each, the first lowest."""
+    return pack_factors(tuple(block_n // factor for factor in factors))
+
+
+def _pack_bases(factors: tuple[int, ...], block_n: int) -> int:
+    """Cells of a block at the pooled factors before this one, eight bits each, the first factor lowest."""
+    packed, before = 0, 0
+    for f, factor in enumerate(factors):
+        packed |= before << (8 * f)
+        before += block_n // factor if factor > 1 else 0
+    return packed - (packed >> 63 << 64)  # as a signed integer of 64 bits
+
+
+@gluon.jit
+def _lists(offsets_ptr, packed_cells, F: gl.constexpr):
+    """For every factor: where its list begins and how long it is, both counted in cells."""
+    begins = ()
+    lanes = ()
+    for f in gl.static_range(F):
+        begin = gl.load(offsets_ptr + f)
+        end = gl.load(offsets_ptr + f + 1)
+        log2_cells = (packed_cells >> (4 * f)) & 15
+        begins = begins + (begin << log2_cells,)
+        lanes = lanes + ((end - begin) << log2_cells,)
+    return begins, lanes
+
+
+@gluon.jit
+def _segments(begins, lanes, TILE: gl.constexpr, F: gl.constexpr):
+    """The order in which pooled cells are read: whole tiles of each factor, then what is left of each, end to end.
+
+    Returns the first lane of the 2 (F - 1) segments, what to add to a lane for its place in the lists, and all lanes.
+    """
+    starts = ()
+    shifts = ()
+    start = 0
+    for f in gl.static_range(1, F):
+        starts = starts + (start,)
+        shifts = shifts + (begins[f] - start,)
+        start += lanes[f] // TILE * TILE
+    for f in gl.static_range(1, F):
+        starts = starts + (start,)
+        shifts = shifts + (begins[f] + lanes[f] // TILE * TILE - start,)
+        start += lanes[f] % TILE
+    return starts, shifts, start
+
+
+@gluon.jit
+def _find(lane, total, starts, shifts, ids_ptr, packed_cells, F: gl.constexpr):
+    """Factor index, cell and block of pooled lanes."""
+    f = gl.full_like(lane, 1)
+    place = lane + shifts[0]
+    for e in gl.static_range(1, 2 * (F - 1)):
+        inside = lane >= starts[e]
+        f = gl.where(inside, e % (F - 1) + 1, f)
+        place = gl.where(inside, lane + shifts[e], place)
+    log2_cells = (packed_cells >> (4 * f)) & 15
+    block = gl.load(ids_ptr + (place >> log2_cells), mask=lane < total, other=0).to(gl.int32)
+    return f, place & ((1 << log2_cells) - 1), block
+
+
+@gluon.jit
+def _look_up(
+    lane, total, f, cell, block, N, packed_cells, packed_bases, log_counts_ptr, variance_ptr, KEY_VARIANCE: gl.constexpr
+):
+    """Row of the pyramid (-1 past the last lane), log count and key variance of pooled lanes."""
+    real = lane < total
+    before = ((packed_bases >> (8 * f)) & 255).to(gl.int32)
+    row = before * N + (block << ((packed_cells >> (4 * f)) & 15)) + cell
+    log_count = gl.load(log_counts_ptr + row, mask=real, other=float("-inf"))
+    spread = log_count
+    if KEY_VARIANCE:
+        spread = gl.load(variance_ptr + row, mask=real, other=0.0)
+    return gl.where(real, row, -1), log_count, spread
+
+
+@gluon.jit
+def _copy_rows(smem, base_ptr, rows, stride, D: gl.constexpr):
+    """Rows of a matrix into shared memory while others work; a row of -1 becomes 0."""
+    ROWS: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
+    rows = gl.convert_layout(rows, gl.SliceLayout(1, ROWS))
+    o_d = gl.arange(0, D, gl.SliceLayout(0, ROWS))
+    # int64 before it meets a stride: tokens x heads x channels passes 2**31
+    pointers = base_ptr + rows.to(gl.int64)[:, None] * stride + o_d[None, :]
+    async_copy.async_copy_global_to_shared(smem, pointers, mask=(rows >= 0)[:, None])
+
+
+@gluon.jit
+def _send(
+    n, k_src, v_src, k_step, v_step, rows, bias, k_smem, v_smem, bias_smem, k_full, k_empty, v_full, v_empty, n_v,
+    D: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """Hand tile n of keys and n_v of values to those who compute."""
+    stage = n % STAGES
+    mbarrier.wait(k_empty.index(stage), (n // STAGES) & 1 ^ 1)
+    _copy_rows(k_smem.index(stage), k_src, rows, k_step, D)
+    async_copy.mbarrier_arrive(k_full.index(stage), increment_count=False)
+    bias_smem.index(stage).store(bias)
+    mbarrier.arrive(k_full.index(stage), count=1)
+    stage = n_v % STAGES
+    mbarrier.wait(v_empty.index(stage), (n_v // STAGES) & 1 ^ 1)
+    _copy_rows(v_smem.index(stage), v_src, rows, v_step, D)
+    async_copy.mbarrier_arrive(v_full.index(stage), increment_count=False)
+
+
+@gluon.jit
+def _mean_square(q_ptr, rows_ptr, stride, BLOCK_M: gl.constexpr, D: gl.constexpr):
+    """Mean of the squared norms over the real queries of the block; a norm that is not finite counts as 0."""
+    ROWS: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
+    o_m = gl.arange(0, 32, gl.SliceLayout(1, ROWS))
+    o_d = gl.arange(0, D, gl.SliceLayout(0, ROWS))
+    total = gl.zeros([32], gl.float32, gl.SliceLayout(1, ROWS))
+    number = gl.zeros([32], gl.float32, gl.SliceLayout(1, ROWS))
+    for m in range(0, BLOCK_M, 32):
+        rows = gl.load(rows_ptr + m + o_m)
+        pointers = q_ptr + rows.to(gl.int64)[:, None] * stride + o_d[None, :]
+        b_q = gl.load(pointers, mask=(rows >= 0)[:, None], other=0.0).to(gl.float32)
+        norms = gl.sum(b_q * b_q, 1)
+        total += gl.where(norms < float("inf"), norms, 0.0)
+        number += (rows >= 0).to(gl.float32)
+    return gl.sum(total, 0) / gl.sum(number, 0)
+
+
+@gluon.jit
+def _fetch(
+    q_ptr, k_ptr, v_ptr, keys_ptr, values_ptr, log_counts_ptr, variance_ptr, covariance_ptr,
+    block_ids_ptr, offsets_ptr, query_rows_ptr, key_rows_ptr, counter_ptr,
+    q_b, q_h, q_step, k_b, k_h, k_step, v_b, v_h, v_step,
+    H, M, N, num_rows, work, packed_cells, packed_bases, norm_scale, bias_cap,
+    q_smem, k_smem, v_smem, bias_smem, member_smem, work_smem,
+    q_full, q_empty, k_full, k_empty, v_full, v_empty,
+    D: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, TILE: gl.constexpr, STAGES: gl.constexpr,
+    F: gl.constexpr, KEY_VARIANCE: gl.constexpr, VALUE_TILT: gl.constexpr,
+):  # fmt: skip
+    """The group of warps that fetches: queries, tiles of keys and values with their biases, covariances."""
+    LANES: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
+    o_l = gl.arange(0, TILE, LANES)
+    n_work = 0
+    n_k = 0
+    n_v = 0
+    i = gl.program_id(0)
+    while i < work:
+        i_next = gl.atomic_add(counter_ptr, 1) + gl.num_programs(0)
+        i_m = M - 1 - i % M
+        i_bh = (i // M).to(gl.int64)
+        i_b = i_bh // H
+        i_h = i_bh % H
+        q_head = q_ptr + i_b * q_b + i_h * q_h
+        k_head = k_ptr + i_b * k_b + i_h * k_h
+        v_head = v_ptr + i_b * v_b + i_h * v_h
+        keys_head = keys_ptr + i_bh * num_rows * D
+        values_head = values_ptr + i_bh * num_rows * D
+        variance_head = variance_ptr + i_bh * num_rows
+        ids_ptr = block_ids_ptr + (i_bh * M + i_m) * N
+        begins, lanes = _lists(offsets_ptr + (i_bh * M + i_m) * (F + 1), packed_cells, F)
+
+        slot = n_work & 1
+        mbarrier.wait(q_empty.index(slot), (n_work >> 1) & 1 ^ 1)
+        work_smem.index(slot).store(gl.full([1], i, gl.int32, LANES))
+        for part in gl.static_range(BLOCK_M // 64):
+            query_rows = gl.load(query_rows_ptr + i_m * BLOCK_M + part * 64 + gl.arange(0, 64, LANES))
+            _copy_rows(q_smem.index(slot * (BLOCK_M // 64) + part), q_head, query_rows, q_step, D)
+        async_copy.mbarrier_arrive(q_full.index(slot), increment_count=False)
+        mbarrier.arrive(q_full.index(slot), count=1)
+
+        # addresses run ahead: blocks by two tiles, rows by one
+        total = lanes[0]
+        block = gl.load(ids_ptr + o_l // BLOCK_N, mask=o_l < total, other=0).to(gl.int32)
+        row = gl.load(key_rows_ptr + block * BLOCK_N + o_l % BLOCK_N, mask=o_l < total, other=-1)
+        block = gl.load(ids_ptr + (o_l + TILE) // BLOCK_N, mask=o_l + TILE < total, other=0).to(gl.int32)
+        for t in range(0, gl.maximum(total, 1), TILE):
+            lane = t + TILE + o_l
+            next_row = gl.load(key_rows_ptr + block * BLOCK_N + lane % BLOCK_N, mask=lane < total, other=-1)
+            block = gl.load(ids_ptr + (lane + TILE) // BLOCK_N, mask=lane + TILE < total, other=0).to(gl.int32)
+            bias = gl.where(row >= 0, 0.0, float("-inf"))
+            _send(
+                n_k, k_head, v_head, k_step, v_step, row, bias,
+                k_smem, v_smem, bias_smem, k_full, k_empty, v_full, v_empty, n_v, D, STAGES,
+            )  # fmt: skip
+            row = next_row
+            n_k += 1
+            n_v += 1
+
+        if F > 1:
+            starts, shifts, total = _segments(begins, lanes, TILE, F)
+            mixed = starts[F - 1]
+            f, cell, block = _find(o_l, total, starts, shifts, ids_ptr, packed_cells, F)
+            row, log_count, spread = _look_up(
+                o_l, total, f, cell, block, N, packed_cells, packed_bases, log_counts_ptr, variance_head, KEY_VARIANCE
+            )
+            f_next, cell, block = _find(o_l + TILE, total, starts, shifts, ids_ptr, packed_cells, F)
+            spread_scale = 0.0
+            if KEY_VARIANCE:
+                if total > 0:
+                    spread_scale = norm_scale * _mean_square(q_head, query_rows_ptr + i_m * BLOCK_M, q_step, BLOCK_M, D)
+            for t in range(0, total, TILE):
+                lane = t + TILE + o_l
+                next_row, next_log_count, next_spread = _look_up(
+                    lane, total, f_next, cell, block, N, packed_cells, packed_bases, log_counts_ptr, variance_head,
+                    KEY_VARIANCE,
+                )  # fmt: skip
+                f_after, cell, block = _find(lane + TILE, total, starts, shifts, ids_ptr, packed_cells, F)
+                # log(count), not log(factor): a ragged tail averages fewer real tokens, and an empty cell none
+                bias = log_count * _LOG2E
+                if KEY_VARIANCE:
+                    spread = gl.where(spread < float("inf"), spread, 0.0)  # false for NaN too
+                    bias += gl.minimum(spread_scale * spread, bias_cap)
+                if VALUE_TILT:
+                    if t >= mixed:
+                        member = member_smem.index(slot * (F - 1) + (t - mixed) // TILE)
+                        MEMBERS: gl.constexpr = gl.BlockedLayout([8, 1], [1, 32], [1, 4], [0, 1])
+                        of_lane = gl.convert_layout(gl.where(row >= 0, f, 0), gl.SliceLayout(0, MEMBERS))
+                        o_f = gl.arange(0, 8, gl.SliceLayout(1, MEMBERS))
+                        one = gl.where(of_lane[None, :] == o_f[:, None], 1.0, 0.0)
+                        member.store(one.to(member.dtype))
+                        fence_async_shared()
+                _send(
+                    n_k, keys_head, values_head, D, D, row, bias,
+                    k_smem, v_smem, bias_smem, k_full, k_empty, v_full, v_empty, n_v, D, STAGES,
+                )  # fmt: skip
+                row = next_row
+                log_count = next_log_count
+                spread = next_spread
+                f = f_next
+                f_next = f_after
+                n_k += 1
+                n_v += 1
+            if VALUE_TILT:
+                for f in gl.static_range(1, F):
+                    if lanes[f] > 0:
+                        for c in gl.static_range((D + TILE - 1) // TILE):
+                            stage = n_v % STAGES
+                            channel = c * TILE + o_l
+                            rows = gl.where(channel < D, channel, -1)
+                            mbarrier.wait(v_empty.index(stage), (n_v // STAGES) & 1 ^ 1)
+                            _copy_rows(v_smem.index(stage), covariance_ptr + (i_bh * F + f) * D * D, rows, D, D)
+                            async_copy.mbarrier_arrive(v_full.index(stage), increment_count=False)
+                            n_v += 1
+        n_work += 1
+        i = i_next
+    slot = n_work & 1
+    mbarrier.wait(q_empty.index(slot), (n_work >> 1) & 1 ^ 1)
+    work_smem.index(slot).store(gl.full([1], -1, gl.int32, LANES))
+    async_copy.mbarrier_arrive(q_full.index(slot), increment_count=False)
+    mbarrier.arrive(q_full.index(slot), count=1)
+
+
+@gluon.jit
+def _softmax(b_s, stage, bias_smem, k_empty, b_max, qk_scale, BIAS: gl.constexpr):
+    """Scores in base 2 to weights relative to the running maximum: weights, maximum, decay of what came before."""
+    if BIAS:
+        b_s = b_s * qk_scale + bias_smem.index(stage).load(gl.SliceLayout(0, b_s.type.layout))[None, :]
+        mbarrier.arrive(k_empty.index(stage), count=1)
+        new_max = gl.maximum(b_max, gl.max(b_s, 1))
+        # finite pivot while a row has seen no cell, otherwise -inf - (-inf) = nan
+        pivot = gl.where(new_max == float("-inf"), 0.0, new_max)
+        b_p = gl.exp2(b_s - pivot[:, None])
+    else:
+        mbarrier.arrive(k_empty.index(stage), count=1)
+        new_max = gl.maximum(b_max, gl.max(b_s, 1) * qk_scale)
+        pivot = gl.where(new_max == float("-inf"), 0.0, new_max)
+        b_p = gl.exp2(b_s * qk_scale - pivot[:, None])
+    return b_p, new_max, gl.exp2(b_max - pivot)
+
+
+@gluon.jit
+def _step(
+    n, n_v, q_mine, k_smem, v_smem, bias_smem, k_full, k_empty, v_full, v_empty,
+    b_o, b_p, b_max, b_mass, mine, member, qk_scale,
+    BIAS: gl.constexpr, MIXED: gl.constexpr, D: gl.constexpr, TILE: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """Scores of tile n, while the values of the tile before are added.
+
+    Every product ends within the step: one that crosses the end of a loop makes the assembler wait after each.
+    """
+    SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TILE, 16])
+    OUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
+    FEW: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 8, 16])
+    stage = n % STAGES
+    v_stage = (n_v - 1) % STAGES
+    mbarrier.wait(k_full.index(stage), (n // STAGES) & 1)
+    fence_async_shared()
+    zero = gl.zeros([64, TILE], gl.float32, SCORES)
+    b_s = warpgroup_mma(q_mine, k_smem.index(stage).permute((1, 0)), zero, use_acc=False, is_async=True)
+    mbarrier.wait(v_full.index(v_stage), ((n_v - 1) // STAGES) & 1)
+    fence_async_shared()
+    b_o = warpgroup_mma(b_p, v_smem.index(v_stage), b_o, is_async=True)
+    b_s = warpgroup_mma_wait(1, deps=(b_s,))
+    b_s, new_max, decay = _softmax(b_s, stage, bias_smem, k_empty, b_max, qk_scale, BIAS)
+    b_mass = b_mass * gl.convert_layout(decay, gl.SliceLayout(1, FEW))[:, None]
+    if not MIXED:
+        mass = gl.convert_layout(gl.sum(b_s, 1), gl.SliceLayout(1, FEW))
+        b_mass += gl.where(mine[None, :], mass[:, None], 0.0)
+    b_next = gl.convert_layout(b_s.to(b_p.dtype), gl.DotOperandLayout(0, OUT, 2))
+    b_o, b_p = warpgroup_mma_wait(0, deps=(b_o, b_p))
+    mbarrier.arrive(v_empty.index(v_stage), count=1)
+    b_o = b_o * gl.convert_layout(decay, gl.SliceLayout(1, OUT))[:, None]
+    if MIXED:
+        # which lane belongs to which factor is a matrix of ones: the masses are one more product
+        b_mass = warpgroup_mma(b_next, member.permute((1, 0)), b_mass, is_async=True)
+        b_mass = warpgroup_mma_wait(0, deps=(b_mass,))
+    return b_o, b_next, new_max, b_mass
+
+
+@gluon.jit
+def _compute(
+    part, o_ptr, sizes_ptr, offsets_ptr, query_rows_ptr, o_b, o_h, o_step, H, M, packed_cells, ragged, scale, qk_scale,
+    q_smem, k_smem, v_smem, bias_smem, member_smem, work_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty,
+    D: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, TILE: gl.constexpr, STAGES: gl.constexpr,
+    F: gl.constexpr, VALUE_TILT: gl.constexpr, SIZED: gl.constexpr,
+):  # fmt: skip
+    """A group of warps that computes: 64 queries of a block against all that is fetched."""
+    LANES: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
+    ROWS: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
+    SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TILE, 16])
+    OUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
+    FEW: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 8, 16])
+    MIX: gl.constexpr = VALUE_TILT and F > 1
+    dtype: gl.constexpr = q_smem.dtype
+    o_f = gl.arange(0, 8, gl.SliceLayout(0, FEW))
+    n_work = 0
+    n_k = 0
+    n_v = 0
+    mbarrier.wait(q_full.index(0), 0)
+    i = gl.max(work_smem.index(0).load(LANES), 0)
+    while i >= 0:
+        i_m = M - 1 - i % M
+        i_bh = (i // M).to(gl.int64)
+        slot = n_work & 1
+        q_mine = q_smem.index(slot * (BLOCK_M // 64) + part)
+        begins, lanes = _lists(offsets_ptr + (i_bh * M + i_m) * (F + 1), packed_cells, F)
+        # tiles from `first` to `last` belong to one factor, those from `mixed` on to several
+        first = gl.full([8], 0, gl.int32, gl.SliceLayout(0, FEW))
+        clean = gl.maximum(lanes[0] - ragged, 0) // TILE
+        mixed = gl.maximum((lanes[0] + TILE - 1) // TILE, 1)
+        last = gl.full([8], 0, gl.int32, gl.SliceLayout(0, FEW)) + mixed
+        kept = lanes[0]
+        rest = 0
+        for f in gl.static_range(1, F):
+            first = gl.where(o_f == f, mixed, first)
+            mixed += lanes[f] // TILE
+            last = gl.where(o_f == f, mixed, last)
+            rest += lanes[f] % TILE
+            kept += lanes[f]
+        tiles = mixed + (rest + TILE - 1) // TILE
+        if not MIX:
+            last = gl.where(o_f == F - 1, tiles, last)  # without the tilt only the sum of all masses counts
+
+        mbarrier.wait(k_full.index(n_k % STAGES), (n_k // STAGES) & 1)
+        fence_async_shared()
+        zero = gl.zeros([64, TILE], gl.float32, SCORES)
+        b_s = warpgroup_mma(q_mine, k_smem.index(n_k % STAGES).permute((1, 0)), zero, use_acc=False, is_async=True)
+        b_s = warpgroup_mma_wait(0, deps=(b_s,))
+        b_max = gl.full([64], float("-inf"), gl.float32, gl.SliceLayout(1, SCORES))
+        b_s, b_max, decay = _softmax(b_s, n_k % STAGES, bias_smem, k_empty, b_max, qk_scale, True)
+        mass = gl.convert_layout(gl.sum(b_s, 1), gl.SliceLayout(1, FEW))
+        b_mass = gl.where((o_f == 0)[None, :], mass[:, None], 0.0)
+        b_p = gl.convert_layout(b_s.to(dtype), gl.DotOperandLayout(0, OUT, 2))
+        b_o = gl.zeros([64, D], gl.float32, OUT)
+        for t in range(1, clean):
+            b_o, b_p, b_max, b_mass = _step(
+                n_k + t, n_v + t, q_mine, k_smem, v_smem, bias_smem, k_full, k_empty, v_full, v_empty,
+                b_o, b_p, b_max, b_mass, o_f == 0, 0, qk_scale, False, False, D, TILE, STAGES,
+            )  # fmt: skip
+        for t in range(gl.maximum(clean, 1), mixed if MIX else tiles):
+            b_o, b_p, b_max, b_mass = _step(
+                n_k + t, n_v + t, q_mine, k_smem, v_smem, bias_smem, k_full, k_empty, v_full, v_empty,
+                b_o, b_p, b_max, b_mass, (t >= first) & (t < last), 0, qk_scale, True, False, D, TILE, STAGES,
+            )  # fmt: skip
+        if MIX:
+            for t in range(mixed, tiles):
+                member = member_smem.index(slot * (F - 1) + t - mixed)
+                b_o, b_p, b_max, b_mass = _step(
+                    n_k + t, n_v + t, q_mine, k_smem, v_smem, bias_smem, k_full, k_empty, v_full, v_empty,
+                    b_o, b_p, b_max, b_mass, o_f == 0, member, qk_scale, True, True, D, TILE, STAGES,
+                )  # fmt: skip
+        n_k += tiles
+        n_v += tiles
+        stage = (n_v - 1) % STAGES
+        mbarrier.wait(v_full.index(stage), ((n_v - 1) // STAGES) & 1)
+        fence_async_shared()
+        b_o = warpgroup_mma(b_p, v_smem.index(stage), b_o, is_async=True)
+        query_rows = gl.load(query_rows_ptr + i_m * BLOCK_M + part * 64 + gl.arange(0, 64, gl.SliceLayout(1, ROWS)))
+        # a row that keeps nothing is 0; 0 / 0 of a row whose weights all vanish stays NaN, as in dense attention
+        sum_mass = gl.where(kept > 0, gl.sum(b_mass, 1), 1.0)
+        b_mass = b_mass / sum_mass[:, None]
+        b_o = warpgroup_mma_wait(0, deps=(b_o,))
+        mbarrier.arrive(v_empty.index(stage), count=1)
+        b_o = b_o / gl.convert_layout(sum_mass, gl.SliceLayout(1, OUT))[:, None]
+
+        if VALUE_TILT:
+            PART: gl.constexpr = min(D, TILE)
+            QUERIES: gl.constexpr = gl.DotOperandLayout(0, OUT, 2)
+            for f in gl.static_range(1, F):
+                if lanes[f] > 0:
+                    share = gl.sum(gl.where(o_f[None, :] == f, b_mass, 0.0), 1) * scale
+                    if SIZED:
+                        share = share * gl.load(sizes_ptr + i_bh * F + f)
+                    share = gl.convert_layout(share, gl.SliceLayout(1, QUERIES))
+                    for c in gl.static_range((D + TILE - 1) // TILE):
+                        b_q = q_mine.slice(c * PART, PART, dim=1).load(QUERIES)
+                        b_q = (b_q.to(gl.float32) * share[:, None]).to(dtype)
+                        stage = n_v % STAGES
+                        mbarrier.wait(v_full.index(stage), (n_v // STAGES) & 1)
+                        fence_async_shared()
+                        b_o = warpgroup_mma(b_q, v_smem.index(stage).slice(0, PART, dim=0), b_o, is_async=True)
+                        b_o = warpgroup_mma_wait(0, deps=(b_o,))
+                        mbarrier.arrive(v_empty.index(stage), count=1)
+                        n_v += 1
+        o_d = gl.arange(0, D, gl.SliceLayout(0, ROWS))
+        q_mine.store(b_o.to(dtype))
+        pointers = o_ptr + (i_bh // H) * o_b + (i_bh % H) * o_h + query_rows.to(gl.int64)[:, None] * o_step + o_d[None, :]
+        gl.store(pointers, q_mine.load(ROWS), mask=(query_rows >= 0)[:, None])
+        mbarrier.arrive(q_empty.index(slot), count=1)
+
+        n_work += 1
+        slot = n_work & 1
+        mbarrier.wait(q_full.index(slot), (n_work >> 1) & 1)
+        i = gl.max(work_smem.index(slot).load(LANES), 0)
+
+
+@gluon.jit(do_not_specialize=["num_rows", "work", "packed_cells", "packed_bases", "ragged"])
+def _attend_kernel(
+    q_ptr, k_ptr, v_ptr, o_ptr,                         # [B, H, L, D]
+    keys_ptr, values_ptr, log_counts_ptr,               # [B, H, P, D] [B, H, P, D] [P]
+    variance_ptr, covariance_ptr, sizes_ptr,            # [B, H, P] [B, H, F, D, D] [B, H, F]; see `_halve`
+    block_ids_ptr, offsets_ptr,                         # [B, H, M, N] [B, H, M, F + 1]
+    query_rows_ptr, key_rows_ptr,                       # [M * BLOCK_M] [N * BLOCK_N], -1 = no token
+    counter_ptr,                                        # [1], 0: query blocks given to programs beyond their first
+    q_b, q_h, q_step, k_b, k_h, k_step, v_b, v_h, v_step, o_b, o_h, o_step,
+    H, M, N, num_rows, work, packed_cells, packed_bases,
+    ragged,                                             # lanes at the end of factor 1 that may hold no token
+    scale, qk_scale, norm_scale, bias_cap,              # softmax scale s, s log2(e), s^2/2 log2(e), cap log2(e)
+    D: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, TILE: gl.constexpr, STAGES: gl.constexpr,
+    F: gl.constexpr, KEY_VARIANCE: gl.constexpr, VALUE_TILT: gl.constexpr, SIZED: gl.constexpr,
+    COMPUTE_REGISTERS: gl.constexpr, FETCH_REGISTERS: gl.constexpr,
+):  # fmt: skip
+    """Grid: one program a multiprocessor. Each takes query blocks from a counter until there are none."""
+    dtype: gl.constexpr = q_ptr.dtype.element_ty
+    PARTS: gl.constexpr = BLOCK_M // 64
+    MEMBERS: gl.constexpr = 2 * (F - 1) if VALUE_TILT and F > 1 else 1
+    SWIZZLED: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
+    PLAIN: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    q_smem = gl.allocate_shared_memory(dtype, [2 * PARTS, 64, D], SWIZZLED)
+    k_smem = gl.allocate_shared_memory(dtype, [STAGES, TILE, D], SWIZZLED)
+    v_smem = gl.allocate_shared_memory(dtype, [STAGES, TILE, D], SWIZZLED)
+    bias_smem = gl.allocate_shared_memory(gl.float32, [STAGES, TILE], PLAIN)
+    member_smem = gl.allocate_shared_memory(dtype, [MEMBERS, 8, TILE], SWIZZLED)
+    work_smem = gl.allocate_shared_memory(gl.int32, [2, 1], PLAIN)
+    q_full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    q_empty = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    k_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    v_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(2):
+        mbarrier.init(q_full.index(i), count=129)  # a copy of each thread, and one for what is stored
+        mbarrier.init(q_empty.index(i), count=PARTS)
+    for i in gl.static_range(STAGES):
+        mbarrier.init(k_full.index(i), count=129)
+        mbarrier.init(k_empty.index(i), count=PARTS)
+        mbarrier.init(v_full.index(i), count=128)
+        mbarrier.init(v_empty.index(i), count=PARTS)
+    fence_async_shared()
+    gl.warp_specialize(
+        [
+            (_compute, (
+                0,
+                    o_ptr, sizes_ptr, offsets_ptr, query_rows_ptr, o_b, o_h, o_step, H, M, packed_cells, ragged, scale, qk_scale,
+                    q_smem, k_smem, v_smem, bias_smem, member_smem, work_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty,
+                    D, BLOCK_M, BLOCK_N, TILE, STAGES, F, VALUE_TILT, SIZED,
+            )),
+            (_compute, (
+                1,
+                    o_ptr, sizes_ptr, offsets_ptr, query_rows_ptr, o_b, o_h, o_step, H, M, packed_cells, ragged, scale, qk_scale,
+                    q_smem, k_smem, v_smem, bias_smem, member_smem, work_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty,
+                    D, BLOCK_M, BLOCK_N, TILE, STAGES, F, VALUE_TILT, SIZED,
+            )),
+            (_fetch, (
+                q_ptr, k_ptr, v_ptr, keys_ptr, values_ptr, log_counts_ptr, variance_ptr, covariance_ptr,
+                block_ids_ptr, offsets_ptr, query_rows_ptr, key_rows_ptr, counter_ptr,
+                q_b, q_h, q_step, k_b, k_h, k_step, v_b, v_h, v_step,
+                H, M, N, num_rows, work, packed_cells, packed_bases, norm_scale, bias_cap,
+                q_smem, k_smem, v_smem, bias_smem, member_smem, work_smem,
+                q_full, q_empty, k_full, k_empty, v_full, v_empty,
+                D, BLOCK_M, BLOCK_N, TILE, STAGES, F, KEY_VARIANCE, VALUE_TILT,
+            )),
+        ],
+        [4, 4],
+        [COMPUTE_REGISTERS, FETCH_REGISTERS],
+    )  # fmt: skip
