@@ -70,7 +70,7 @@ def test_the_python_examples_run_one_after_the_other(monkeypatch, tmp_path, caps
     for code in blocks(ENGLISH, "python"):
         exec(compile(code, "README.md", "exec"), names)
         seen.append(names["video"])
-    assert [len(video) for video in seen] == [9, 9, 9]
+    assert [len(video) for video in seen] == [9, 9, 9, 9]
     assert (tmp_path / "report.png").stat().st_size > 1000
     assert "24 sparse, 40 dense" in capsys.readouterr().out, "10 of 16 steps warm up; 2 layers, 2 passes a step"
 
