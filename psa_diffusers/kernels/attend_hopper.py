@@ -466,7 +466,7 @@ def _compute(
         # a row that keeps nothing is 0; 0 / 0 of a row whose weights all vanish stays NaN, as in dense attention
         sum_mass = gl.where(kept > 0, gl.sum(b_mass, 1), 1.0)
         b_mass = b_mass / sum_mass[:, None]
-        b_o = warpgroup_mma_wait(0, deps=(b_o,))
+        b_o, b_p = warpgroup_mma_wait(0, deps=(b_o, b_p))
         mbarrier.arrive(v_empty.index(stage), count=1)
         b_o = b_o / gl.convert_layout(sum_mass, gl.SliceLayout(1, OUT))[:, None]
 

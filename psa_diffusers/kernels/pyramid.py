@@ -109,8 +109,8 @@ def _covariance(
                 last += 1
             launch(first, last, first == 1, pairs)
             first = last + 1
-        _add_parts_kernel[(triton.cdiv(dim * dim, 256), batch * heads)](
-            parts, ends, covariance, dim * dim, len(factors), 1 / tokens, SIZE=256, num_warps=2, enable_fp_fusion=True
+        _add_parts_kernel[(triton.cdiv(dim * dim, 512), len(factors), batch * heads)](
+            parts, ends, covariance, dim * dim, len(factors), 1 / tokens, SIZE=512, num_warps=4, enable_fp_fusion=True
         )
     return covariance
 
@@ -291,7 +291,7 @@ def _covariance_kernel(
                 k1, v1, weight = _cells(cell, stop, k_ptr, v_ptr, rows_ptr, keys_ptr, values_ptr, log_counts_ptr, K_STRIDES[2], V_STRIDES[2], base_fine, log2_fine, o_d, o_c, HEAD_DIM, D_PAD, COLUMNS, FROM_TOKENS)
                 away_k = k1.to(tl.float32) - load_rows(keys_ptr, coarse, cell < stop, HEAD_DIM, o_d, HEAD_DIM, D_PAD).to(tl.float32)
                 away_v = v1.to(tl.float32) - load_rows(values_ptr, coarse, cell < stop, HEAD_DIM, o_c, HEAD_DIM, COLUMNS).to(tl.float32)
-            # the weight goes to the values: Triton 3.6 gets a transposed operand wrong that took more than loads to make
+            # the weight goes to the values: what is transposed is cheaper to make where it is loaded
             away_v = tl.where(weight[:, None] > 0, away_v * weight[:, None], 0.0).to(k1.dtype)
             total = tl.dot(tl.trans(away_k.to(k1.dtype)), away_v, total, input_precision="ieee")
         total *= (1 << log2_fine).to(tl.float32)
@@ -332,17 +332,20 @@ def _add_parts_kernel(
     parts_ptr, ends_ptr, covariance_ptr,  # [parts, B * H, D * D] [F - 1] [B * H, F, D * D]
     size, num_factors, one_over_tokens, SIZE: tl.constexpr,
 ):  # fmt: skip
-    """Add up the parts, factor upon factor. Grid: (cdiv(D * D, SIZE), B * H)."""
-    i_bh = tl.program_id(1).to(tl.int64)
+    """Add up the parts of a factor and of all before it. Grid: (cdiv(D * D, SIZE), F, B * H).
+
+    Always from the first part: Triton 3.6 starts a loop at 0 whose start an outer loop carries.
+    """
+    f = tl.program_id(1)
+    i_bh = tl.program_id(2).to(tl.int64)
     place = tl.program_id(0) * SIZE + tl.arange(0, SIZE)
-    mask = place < size
-    covariance_ptr += i_bh * num_factors * size
-    total = tl.zeros([SIZE], tl.float32)
-    tl.store(covariance_ptr + place, total, mask=mask)
-    part = 0
-    for f in range(1, num_factors):
+    o_p = tl.arange(0, 8)
+    end = 0
+    if f > 0:
         end = tl.load(ends_ptr + f - 1)
-        for i in range(part, end):
-            total += tl.load(parts_ptr + (i * tl.num_programs(1) + i_bh) * size + place, mask=mask, other=0.0)
-        part = end
-        tl.store(covariance_ptr + f * size + place, total * one_over_tokens, mask=mask)
+    total = tl.zeros([SIZE], tl.float32)
+    for i in range(0, end, 8):
+        row = (i + o_p) * tl.num_programs(2) + i_bh
+        mask = (i + o_p < end)[:, None] & (place < size)[None, :]
+        total += tl.sum(tl.load(parts_ptr + row[:, None] * size + place[None, :], mask=mask, other=0.0), 0)
+    tl.store(covariance_ptr + (i_bh * num_factors + f) * size + place, total * one_over_tokens, mask=place < size)
