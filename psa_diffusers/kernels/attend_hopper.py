@@ -415,7 +415,7 @@ def _compute(
         first = gl.full([8], 0, gl.int32, gl.SliceLayout(0, FEW))
         clean = gl.maximum(lanes[0] - ragged, 0) // TILE
         mixed = gl.maximum((lanes[0] + TILE - 1) // TILE, 1)
-        last = gl.full([8], 0, gl.int32, gl.SliceLayout(0, FEW)) + mixed
+        last = gl.where(o_f == 0, mixed, 0)
         kept = lanes[0]
         rest = 0
         for f in gl.static_range(1, F):
