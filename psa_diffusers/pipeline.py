@@ -17,12 +17,16 @@ from torch import nn
 from psa_diffusers.models import cogvideox, wan  # noqa: F401 - importing a family registers it
 from psa_diffusers.models.processor import FamilyProcessor, PSAProcessor, Run, Site, resolve_preset
 from psa_diffusers.models.registry import Family, find_family, supported, unwrap
-from psa_diffusers.preset import PSAPreset
+from psa_diffusers.preset import PSAPreset, load_preset
 from psa_diffusers.report import SWITCH, Recorder
+from psa_diffusers.subclass import is_running, pop_subclass, push_subclass
 
 __all__ = ["disable_psa", "enable_psa"]
 
 logger = logging.getLogger("psa_diffusers")
+
+DEFAULT_PRESET = "_psa_default_preset"
+"""Attribute of a pipeline: section and name of the preset that its LoRA was trained with, if it has such a LoRA."""
 
 
 @dataclass
@@ -30,6 +34,7 @@ class _Switch:
     """Everything `disable_psa` has to undo; lives on the pipeline while PSA is on."""
 
     run: Run
+    arguments: dict[str, Any]
     processors: list[tuple[nn.Module, FamilyProcessor]] = field(default_factory=list)
     hooks: list[Any] = field(default_factory=list)
     subclass: type | None = None
@@ -55,7 +60,8 @@ def enable_psa(
     Args:
         pipe: A pipeline with a denoiser of a known family; of two experts (Wan 2.2) both are switched.
         preset: Name of a preset of the model's section in `configs/attention_config.yaml`, a `PSAPreset`, or None for
-            the model's default. The section is found from the denoiser's own config.
+            the model's default. The section is found from the denoiser's own config. After `load_psa_lora` with a
+            4-step LoRA the default is the preset that it was trained with.
         config: Path of a YAML with presets of your own, laid over the built-in file.
         report: Whether to record every call for `psa_report`. Costs a little time, and breaks the graph of a compiled
             denoiser at each self-attention; off, it costs nothing.
@@ -73,9 +79,14 @@ def enable_psa(
     found = find_denoisers(pipe)
     _check_free(pipe, found)
     _, denoiser, family = found[0]
-    resolved, title = resolve_preset(preset, config, overrides, family=family, denoiser=denoiser, pipe=pipe)
+    of_lora = getattr(pipe, DEFAULT_PRESET, None)
+    if preset is None and of_lora is not None:
+        resolved = load_preset(*of_lora, config=config, **overrides)
+        title = f"PSA preset {resolved.name!r} of section {of_lora[0]}, which the LoRA was trained with"
+    else:
+        resolved, title = resolve_preset(preset, config, overrides, family=family, denoiser=denoiser, pipe=pipe)
     run = Run(resolved, title, report=report)
-    switch = _Switch(run, subclass=_with_clock(type(pipe)))
+    switch = _Switch(run, {"preset": preset, "config": config, "report": report, **overrides})
     sites = [(denoiser, Site(name, denoiser, family, run)) for name, denoiser, family in found]
     for denoiser, site in sites:
         switch.processors += _make_processors(denoiser, site)
@@ -86,7 +97,7 @@ def enable_psa(
     for denoiser, site in sites:
         switch.hooks.append(denoiser.register_forward_pre_hook(site.before_forward, with_kwargs=True))
     setattr(pipe, SWITCH, switch)
-    pipe.__class__ = switch.subclass
+    switch.subclass = push_subclass(pipe, {"__call__": _call_with_clock(type(pipe))})
     names = " and ".join(name for name, _, _ in found)
     logger.info(
         "%s, in %d self-attentions of %s, %d warm-up steps", title, len(switch.processors), names, resolved.warmup_steps
@@ -114,9 +125,8 @@ def disable_psa(pipe: Any) -> Any:
             attention.processor = processor.original
     for hook in switch.hooks:
         hook.remove()
-    if type(pipe) is switch.subclass:
-        pipe.__class__ = switch.subclass.__base__
     delattr(pipe, SWITCH)
+    pop_subclass(pipe, switch.subclass)
     return pipe
 
 
@@ -176,11 +186,8 @@ def _check_free(pipe: Any, found: list[tuple[str, nn.Module, Family]]) -> None:
                 f"the attentions of {name} have PSA processors already, through another pipeline that shares it or a "
                 "PSAProcessor. Call disable_psa on that pipeline, or set the processors of the denoiser back, first"
             )
-    frame = sys._getframe(1)
-    while frame is not None:
-        if frame.f_code.co_name == "__call__" and frame.f_locals.get("self") is pipe:
-            raise RuntimeError("the pipeline is running: call enable_psa before or after the call, not from a callback")
-        frame = frame.f_back
+    if is_running(pipe):
+        raise RuntimeError("the pipeline is running: call enable_psa before or after the call, not from a callback")
 
 
 def _make_processors(denoiser: nn.Module, site: Site) -> list[tuple[nn.Module, FamilyProcessor]]:
@@ -201,11 +208,8 @@ def _make_processors(denoiser: nn.Module, site: Site) -> list[tuple[nn.Module, F
     return made
 
 
-def _with_clock(cls: type) -> type:
-    """Make the subclass of a pipeline class that feeds the clock: nothing else reaches every call of one pipeline.
-
-    It has the same name, so that saving and messages do not change.
-    """
+def _call_with_clock(cls: type) -> Any:
+    """Make the `__call__` of a subclass of a pipeline class that feeds the clock."""
     parameters = inspect.signature(cls.__call__)
     takes_callback = "callback_on_step_end" in parameters.parameters
 
@@ -229,8 +233,7 @@ def _with_clock(cls: type) -> type:
         finally:
             switch.run.end()
 
-    names = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
-    return type(cls.__name__, (cls,), {**names, "__call__": __call__})
+    return __call__
 
 
 def _join(theirs: Any, clock: Any) -> Any:

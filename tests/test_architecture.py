@@ -15,11 +15,12 @@ ORDER = (
     "demo",
     "calibration",
     "recording",
-    "pipeline",  # guests of diffusers and peft, down to lora
+    "lora",  # guests of diffusers and peft, down to subclass
+    "pipeline",
     "models",
     "warmup",
     "report",
-    "lora",
+    "subclass",
     "attention",  # the flow through the stages
     "kernels",
     "stages",

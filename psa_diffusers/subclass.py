@@ -1,0 +1,49 @@
+"""Subclasses made for one pipeline object: the only way to reach every call of it that diffusers leaves open.
+
+Python looks for `__call__` on the class, so an attribute of the object does not do. The subclass has the name of the
+class, so that saving, `isinstance` and messages do not change.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+
+def push_subclass(pipe: Any, methods: dict[str, Any]) -> type:
+    """Make a pipeline an instance of a new subclass of its class, and return that.
+
+    Args:
+        pipe: The pipeline.
+        methods: What the subclass adds. They must pass calls through where their feature is off: a copy of the pipeline
+            may have the class without the feature, and `pop_subclass` may have to leave it in place.
+    """
+    cls = type(pipe)
+    names = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
+    subclass = type(cls.__name__, (cls,), {**names, **methods, "_psa_methods": methods, "_psa_needed": True})
+    pipe.__class__ = subclass
+    return subclass
+
+
+def pop_subclass(pipe: Any, subclass: type) -> None:
+    """Take a subclass back, and those below it that had to wait for that.
+
+    One that a later subclass covers waits. One in which somebody else has replaced a method since (cache-dit does that)
+    stays, because their method would go with it.
+    """
+    subclass._psa_needed = False
+    while not vars(type(pipe)).get("_psa_needed", True):
+        top = vars(type(pipe))
+        if any(top.get(name) is not method for name, method in top["_psa_methods"].items()):
+            return
+        pipe.__class__ = type(pipe).__base__
+
+
+def is_running(pipe: Any) -> bool:
+    """Return whether a call of the pipeline is under way, in any thread."""
+    for frame in sys._current_frames().values():
+        while frame is not None:
+            if frame.f_code.co_name == "__call__" and frame.f_locals.get("self") is pipe:
+                return True
+            frame = frame.f_back
+    return False
