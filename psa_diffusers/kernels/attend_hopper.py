@@ -29,6 +29,8 @@ HEAD_DIMS = (64, 128)
 MOST_FACTORS = 8
 
 _LOG2E = gl.constexpr(math.log2(math.e))
+# renamed between Triton 3.6 and 3.9
+_async_load = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared
 
 
 def attend(
@@ -65,7 +67,8 @@ def attend(
             scale, scale * log2e, 0.5 * scale**2 * log2e, variance_cap * log2e,
             D=dim, BLOCK_M=BLOCK_M, BLOCK_N=layout.block_n, TILE=TILE, STAGES=256 // dim, F=num_factors,
             KEY_VARIANCE=key_variance, VALUE_TILT=value_tilt, SIZED=q.dtype == torch.float16,
-            COMPUTE_REGISTERS=200, FETCH_REGISTERS=104, num_warps=4,
+            WIDE=max(q.shape[2] * x.stride(2) for x in (q, k, v)) >= 2**31,
+            COMPUTE_REGISTERS=216, FETCH_REGISTERS=80, num_warps=4,
         )  # fmt: skip
     return out
 
@@ -105,6 +108,21 @@ def _lists(offsets_ptr, packed_cells, F: gl.constexpr):
         begins = begins + (begin << log2_cells,)
         lanes = lanes + ((end - begin) << log2_cells,)
     return begins, lanes
+
+
+@gluon.jit
+def _list_of(i, M):
+    """Which of the lists ``[B, H, M]`` a piece of work reads: the last query blocks, those of text, come first."""
+    return (i // M).to(gl.int64) * M + (M - 1 - i % M)
+
+
+@gluon.jit
+def _first_rows(total, ids_ptr, key_rows_ptr, o_l, BLOCK_N: gl.constexpr, TILE: gl.constexpr):
+    """Rows of the first tile at factor 1, and the blocks of the second."""
+    block = gl.load(ids_ptr + o_l // BLOCK_N, mask=o_l < total, other=0).to(gl.int32)
+    row = gl.load(key_rows_ptr + block * BLOCK_N + o_l % BLOCK_N, mask=o_l < total, other=-1)
+    block = gl.load(ids_ptr + (o_l + TILE) // BLOCK_N, mask=o_l + TILE < total, other=0).to(gl.int32)
+    return row, block
 
 
 @gluon.jit
@@ -157,46 +175,45 @@ def _look_up(
 
 
 @gluon.jit
-def _copy_rows(smem, base_ptr, rows, stride, D: gl.constexpr):
+def _copy_rows(smem, base_ptr, rows, stride, D: gl.constexpr, WIDE: gl.constexpr):
     """Rows of a matrix into shared memory while others work; a row of -1 becomes 0."""
     ROWS: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
     rows = gl.convert_layout(rows, gl.SliceLayout(1, ROWS))
     o_d = gl.arange(0, D, gl.SliceLayout(0, ROWS))
-    # int64 before it meets a stride: tokens x heads x channels passes 2**31
-    pointers = base_ptr + rows.to(gl.int64)[:, None] * stride + o_d[None, :]
-    async_copy.async_copy_global_to_shared(smem, pointers, mask=(rows >= 0)[:, None])
+    # int64 before it meets a stride where tokens x stride passes 2**31; otherwise half the registers do
+    place = (rows.to(gl.int64) if WIDE else rows) * stride
+    pointers = base_ptr + (place[:, None] + o_d[None, :])
+    _async_load(smem, pointers, mask=(rows >= 0)[:, None])
 
 
 @gluon.jit
 def _send(
     n, k_src, v_src, k_step, v_step, rows, bias, k_smem, v_smem, bias_smem, k_full, k_empty, v_full, v_empty, n_v,
-    D: gl.constexpr, STAGES: gl.constexpr,
+    D: gl.constexpr, STAGES: gl.constexpr, WIDE: gl.constexpr,
 ):  # fmt: skip
     """Hand tile n of keys and n_v of values to those who compute."""
     stage = n % STAGES
     mbarrier.wait(k_empty.index(stage), (n // STAGES) & 1 ^ 1)
-    _copy_rows(k_smem.index(stage), k_src, rows, k_step, D)
+    _copy_rows(k_smem.index(stage), k_src, rows, k_step, D, WIDE)
     async_copy.mbarrier_arrive(k_full.index(stage), increment_count=False)
     bias_smem.index(stage).store(bias)
     mbarrier.arrive(k_full.index(stage), count=1)
     stage = n_v % STAGES
     mbarrier.wait(v_empty.index(stage), (n_v // STAGES) & 1 ^ 1)
-    _copy_rows(v_smem.index(stage), v_src, rows, v_step, D)
+    _copy_rows(v_smem.index(stage), v_src, rows, v_step, D, WIDE)
     async_copy.mbarrier_arrive(v_full.index(stage), increment_count=False)
 
 
 @gluon.jit
-def _mean_square(q_ptr, rows_ptr, stride, BLOCK_M: gl.constexpr, D: gl.constexpr):
+def _mean_square(q_smem, first, rows_ptr, PARTS: gl.constexpr, D: gl.constexpr):
     """Mean of the squared norms over the real queries of the block; a norm that is not finite counts as 0."""
     ROWS: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
     o_m = gl.arange(0, 32, gl.SliceLayout(1, ROWS))
-    o_d = gl.arange(0, D, gl.SliceLayout(0, ROWS))
     total = gl.zeros([32], gl.float32, gl.SliceLayout(1, ROWS))
     number = gl.zeros([32], gl.float32, gl.SliceLayout(1, ROWS))
-    for m in range(0, BLOCK_M, 32):
-        rows = gl.load(rows_ptr + m + o_m)
-        pointers = q_ptr + rows.to(gl.int64)[:, None] * stride + o_d[None, :]
-        b_q = gl.load(pointers, mask=(rows >= 0)[:, None], other=0.0).to(gl.float32)
+    for m in gl.static_range(2 * PARTS):
+        rows = gl.load(rows_ptr + m * 32 + o_m)
+        b_q = q_smem.index(first + m // 2).slice(m % 2 * 32, 32, dim=0).load(ROWS).to(gl.float32)
         norms = gl.sum(b_q * b_q, 1)
         total += gl.where(norms < float("inf"), norms, 0.0)
         number += (rows >= 0).to(gl.float32)
@@ -212,15 +229,18 @@ def _fetch(
     q_smem, k_smem, v_smem, bias_smem, member_smem, work_smem,
     q_full, q_empty, k_full, k_empty, v_full, v_empty,
     D: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, TILE: gl.constexpr, STAGES: gl.constexpr,
-    F: gl.constexpr, KEY_VARIANCE: gl.constexpr, VALUE_TILT: gl.constexpr,
+    F: gl.constexpr, KEY_VARIANCE: gl.constexpr, VALUE_TILT: gl.constexpr, WIDE: gl.constexpr,
 ):  # fmt: skip
     """The group of warps that fetches: queries, tiles of keys and values with their biases, covariances."""
     LANES: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
+    PARTS: gl.constexpr = BLOCK_M // 64
     o_l = gl.arange(0, TILE, LANES)
     n_work = 0
     n_k = 0
     n_v = 0
     i = gl.program_id(0)
+    begins, lanes = _lists(offsets_ptr + _list_of(i, M) * (F + 1), packed_cells, F)
+    row, block = _first_rows(lanes[0], block_ids_ptr + _list_of(i, M) * N, key_rows_ptr, o_l, BLOCK_N, TILE)
     while i < work:
         i_next = gl.atomic_add(counter_ptr, 1) + gl.num_programs(0)
         i_m = M - 1 - i % M
@@ -234,22 +254,31 @@ def _fetch(
         values_head = values_ptr + i_bh * num_rows * D
         variance_head = variance_ptr + i_bh * num_rows
         ids_ptr = block_ids_ptr + (i_bh * M + i_m) * N
-        begins, lanes = _lists(offsets_ptr + (i_bh * M + i_m) * (F + 1), packed_cells, F)
 
         slot = n_work & 1
         mbarrier.wait(q_empty.index(slot), (n_work >> 1) & 1 ^ 1)
-        work_smem.index(slot).store(gl.full([1], i, gl.int32, LANES))
-        for part in gl.static_range(BLOCK_M // 64):
+        work_smem.index(slot * (F + 1)).store(gl.full([1], i, gl.int32, LANES))
+        for f in gl.static_range(F):
+            work_smem.index(slot * (F + 1) + f + 1).store(gl.full([1], lanes[f], gl.int32, LANES))
+        for part in gl.static_range(PARTS):
             query_rows = gl.load(query_rows_ptr + i_m * BLOCK_M + part * 64 + gl.arange(0, 64, LANES))
-            _copy_rows(q_smem.index(slot * (BLOCK_M // 64) + part), q_head, query_rows, q_step, D)
+            _copy_rows(q_smem.index(slot * PARTS + part), q_head, query_rows, q_step, D, WIDE)
         async_copy.mbarrier_arrive(q_full.index(slot), increment_count=False)
         mbarrier.arrive(q_full.index(slot), count=1)
 
+        starts, shifts, pooled = _segments(begins, lanes, TILE, F)
+        mixed = starts[F - 1] if F > 1 else 0
+        if F > 1:
+            # the first pooled tile is looked up long before it is sent
+            f, cell, pooled_block = _find(o_l, pooled, starts, shifts, ids_ptr, packed_cells, F)
+            pooled_row, log_count, spread = _look_up(
+                o_l, pooled, f, cell, pooled_block, N, packed_cells, packed_bases, log_counts_ptr, variance_head,
+                KEY_VARIANCE,
+            )  # fmt: skip
+            f_next, cell, pooled_block = _find(o_l + TILE, pooled, starts, shifts, ids_ptr, packed_cells, F)
+
         # addresses run ahead: blocks by two tiles, rows by one
         total = lanes[0]
-        block = gl.load(ids_ptr + o_l // BLOCK_N, mask=o_l < total, other=0).to(gl.int32)
-        row = gl.load(key_rows_ptr + block * BLOCK_N + o_l % BLOCK_N, mask=o_l < total, other=-1)
-        block = gl.load(ids_ptr + (o_l + TILE) // BLOCK_N, mask=o_l + TILE < total, other=0).to(gl.int32)
         for t in range(0, gl.maximum(total, 1), TILE):
             lane = t + TILE + o_l
             next_row = gl.load(key_rows_ptr + block * BLOCK_N + lane % BLOCK_N, mask=lane < total, other=-1)
@@ -257,31 +286,26 @@ def _fetch(
             bias = gl.where(row >= 0, 0.0, float("-inf"))
             _send(
                 n_k, k_head, v_head, k_step, v_step, row, bias,
-                k_smem, v_smem, bias_smem, k_full, k_empty, v_full, v_empty, n_v, D, STAGES,
+                k_smem, v_smem, bias_smem, k_full, k_empty, v_full, v_empty, n_v, D, STAGES, WIDE,
             )  # fmt: skip
             row = next_row
             n_k += 1
             n_v += 1
 
         if F > 1:
-            starts, shifts, total = _segments(begins, lanes, TILE, F)
-            mixed = starts[F - 1]
-            f, cell, block = _find(o_l, total, starts, shifts, ids_ptr, packed_cells, F)
-            row, log_count, spread = _look_up(
-                o_l, total, f, cell, block, N, packed_cells, packed_bases, log_counts_ptr, variance_head, KEY_VARIANCE
-            )
-            f_next, cell, block = _find(o_l + TILE, total, starts, shifts, ids_ptr, packed_cells, F)
             spread_scale = 0.0
             if KEY_VARIANCE:
-                if total > 0:
-                    spread_scale = norm_scale * _mean_square(q_head, query_rows_ptr + i_m * BLOCK_M, q_step, BLOCK_M, D)
-            for t in range(0, total, TILE):
+                if pooled > 0:
+                    mbarrier.wait(q_full.index(slot), (n_work >> 1) & 1)
+                    norm = _mean_square(q_smem, slot * PARTS, query_rows_ptr + i_m * BLOCK_M, PARTS, D)
+                    spread_scale = norm_scale * norm
+            for t in range(0, pooled, TILE):
                 lane = t + TILE + o_l
                 next_row, next_log_count, next_spread = _look_up(
-                    lane, total, f_next, cell, block, N, packed_cells, packed_bases, log_counts_ptr, variance_head,
-                    KEY_VARIANCE,
+                    lane, pooled, f_next, cell, pooled_block, N, packed_cells, packed_bases, log_counts_ptr,
+                    variance_head, KEY_VARIANCE,
                 )  # fmt: skip
-                f_after, cell, block = _find(lane + TILE, total, starts, shifts, ids_ptr, packed_cells, F)
+                f_after, cell, pooled_block = _find(lane + TILE, pooled, starts, shifts, ids_ptr, packed_cells, F)
                 # log(count), not log(factor): a ragged tail averages fewer real tokens, and an empty cell none
                 bias = log_count * _LOG2E
                 if KEY_VARIANCE:
@@ -291,40 +315,97 @@ def _fetch(
                     if t >= mixed:
                         member = member_smem.index(slot * (F - 1) + (t - mixed) // TILE)
                         MEMBERS: gl.constexpr = gl.BlockedLayout([8, 1], [1, 32], [1, 4], [0, 1])
-                        of_lane = gl.convert_layout(gl.where(row >= 0, f, 0), gl.SliceLayout(0, MEMBERS))
+                        of_lane = gl.convert_layout(gl.where(pooled_row >= 0, f, 0), gl.SliceLayout(0, MEMBERS))
                         o_f = gl.arange(0, 8, gl.SliceLayout(1, MEMBERS))
                         one = gl.where(of_lane[None, :] == o_f[:, None], 1.0, 0.0)
                         member.store(one.to(member.dtype))
                         fence_async_shared()
                 _send(
-                    n_k, keys_head, values_head, D, D, row, bias,
-                    k_smem, v_smem, bias_smem, k_full, k_empty, v_full, v_empty, n_v, D, STAGES,
+                    n_k, keys_head, values_head, D, D, pooled_row, bias,
+                    k_smem, v_smem, bias_smem, k_full, k_empty, v_full, v_empty, n_v, D, STAGES, WIDE,
                 )  # fmt: skip
-                row = next_row
+                pooled_row = next_row
                 log_count = next_log_count
                 spread = next_spread
                 f = f_next
                 f_next = f_after
                 n_k += 1
                 n_v += 1
-            if VALUE_TILT:
-                for f in gl.static_range(1, F):
-                    if lanes[f] > 0:
-                        for c in gl.static_range((D + TILE - 1) // TILE):
-                            stage = n_v % STAGES
-                            channel = c * TILE + o_l
-                            rows = gl.where(channel < D, channel, -1)
-                            mbarrier.wait(v_empty.index(stage), (n_v // STAGES) & 1 ^ 1)
-                            _copy_rows(v_smem.index(stage), covariance_ptr + (i_bh * F + f) * D * D, rows, D, D)
-                            async_copy.mbarrier_arrive(v_full.index(stage), increment_count=False)
-                            n_v += 1
+        # what comes next is looked up before the covariances are sent, which takes a while
+        i_there = gl.minimum(i_next, work - 1)
+        next_begins, next_lanes = _lists(offsets_ptr + _list_of(i_there, M) * (F + 1), packed_cells, F)
+        row, block = _first_rows(
+            next_lanes[0], block_ids_ptr + _list_of(i_there, M) * N, key_rows_ptr, o_l, BLOCK_N, TILE
+        )
+        if VALUE_TILT:
+            for f in gl.static_range(1, F):
+                if lanes[f] > 0:
+                    stage = n_v % STAGES
+                    rows = gl.where(o_l < D, o_l, -1)
+                    mbarrier.wait(v_empty.index(stage), (n_v // STAGES) & 1 ^ 1)
+                    _copy_rows(v_smem.index(stage), covariance_ptr + (i_bh * F + f) * D * D, rows, D, D, WIDE)
+                    async_copy.mbarrier_arrive(v_full.index(stage), increment_count=False)
+                    n_v += 1
+        begins = next_begins
+        lanes = next_lanes
         n_work += 1
         i = i_next
     slot = n_work & 1
     mbarrier.wait(q_empty.index(slot), (n_work >> 1) & 1 ^ 1)
-    work_smem.index(slot).store(gl.full([1], -1, gl.int32, LANES))
+    work_smem.index(slot * (F + 1)).store(gl.full([1], -1, gl.int32, LANES))
     async_copy.mbarrier_arrive(q_full.index(slot), increment_count=False)
     mbarrier.arrive(q_full.index(slot), count=1)
+
+
+@gluon.jit
+def _read(smem, index, LANES: gl.constexpr):
+    """One number out of shared memory."""
+    return gl.max(smem.index(index).load(LANES), 0)
+
+
+@gluon.jit
+def _quarter(x, SUM: gl.constexpr):
+    """Sum or maximum of every four of the columns that a thread holds: ``[R, C]`` to ``[R, C / 4]``.
+
+    Reduced column by column, every operation would wait for the one before.
+    """
+    R: gl.constexpr = x.shape[0]
+    C: gl.constexpr = x.shape[1]
+    a, b = x.reshape([R, C // 2, 2]).split()
+    x = a + b if SUM else gl.maximum(a, b)
+    # a thread holds two of every eight columns: neighbours first, then eights
+    a, b = x.reshape([R, C // 16, 2, 4]).permute([0, 1, 3, 2]).split()
+    x = a + b if SUM else gl.maximum(a, b)
+    return x.reshape([R, C // 4])
+
+
+@gluon.jit
+def _row_max(x):
+    return gl.convert_layout(gl.max(_quarter(x, False), 1), gl.SliceLayout(1, x.type.layout))
+
+
+@gluon.jit
+def _row_sum(x):
+    return gl.sum(_quarter(x, True), 1)
+
+
+@gluon.jit
+def _pack(x, dtype: gl.constexpr):
+    """Weights ``[R, C]`` in half precision, two in a number: ``[R, C / 2]``.
+
+    Halves carried through a loop one by one would be taken apart and put together again in every round.
+    """
+    a, b = x.reshape([x.shape[0], x.shape[1] // 2, 2]).split()
+    ASM: gl.constexpr = "cvt.rn.bf16x2.f32 $0, $2, $1;" if dtype == gl.bfloat16 else "cvt.rn.f16x2.f32 $0, $2, $1;"
+    return gl.inline_asm_elementwise(ASM, "=r,r,r", [a, b], dtype=gl.int32, is_pure=True, pack=1)
+
+
+@gluon.jit
+def _unpack(x, dtype: gl.constexpr, LAYOUT: gl.constexpr):
+    """What `_pack` packed, as the left side of a product."""
+    a = x.to(gl.int16).to(dtype, bitcast=True)
+    b = (x >> 16).to(gl.int16).to(dtype, bitcast=True)
+    return gl.convert_layout(gl.join(a, b).reshape([x.shape[0], x.shape[1] * 2]), LAYOUT)
 
 
 @gluon.jit
@@ -333,13 +414,13 @@ def _softmax(b_s, stage, bias_smem, k_empty, b_max, qk_scale, BIAS: gl.constexpr
     if BIAS:
         b_s = b_s * qk_scale + bias_smem.index(stage).load(gl.SliceLayout(0, b_s.type.layout))[None, :]
         mbarrier.arrive(k_empty.index(stage), count=1)
-        new_max = gl.maximum(b_max, gl.max(b_s, 1))
+        new_max = gl.maximum(b_max, _row_max(b_s))
         # finite pivot while a row has seen no cell, otherwise -inf - (-inf) = nan
         pivot = gl.where(new_max == float("-inf"), 0.0, new_max)
         b_p = gl.exp2(b_s - pivot[:, None])
     else:
         mbarrier.arrive(k_empty.index(stage), count=1)
-        new_max = gl.maximum(b_max, gl.max(b_s, 1) * qk_scale)
+        new_max = gl.maximum(b_max, _row_max(b_s) * qk_scale)
         pivot = gl.where(new_max == float("-inf"), 0.0, new_max)
         b_p = gl.exp2(b_s * qk_scale - pivot[:, None])
     return b_p, new_max, gl.exp2(b_max - pivot)
@@ -366,27 +447,29 @@ def _step(
     b_s = warpgroup_mma(q_mine, k_smem.index(stage).permute((1, 0)), zero, use_acc=False, is_async=True)
     mbarrier.wait(v_full.index(v_stage), ((n_v - 1) // STAGES) & 1)
     fence_async_shared()
-    b_o = warpgroup_mma(b_p, v_smem.index(v_stage), b_o, is_async=True)
+    b_w = _unpack(b_p, q_mine.dtype, gl.DotOperandLayout(0, OUT, 2))
+    b_o = warpgroup_mma(b_w, v_smem.index(v_stage), b_o, is_async=True)
     b_s = warpgroup_mma_wait(1, deps=(b_s,))
     b_s, new_max, decay = _softmax(b_s, stage, bias_smem, k_empty, b_max, qk_scale, BIAS)
     b_mass = b_mass * gl.convert_layout(decay, gl.SliceLayout(1, FEW))[:, None]
     if not MIXED:
-        mass = gl.convert_layout(gl.sum(b_s, 1), gl.SliceLayout(1, FEW))
+        mass = gl.convert_layout(_row_sum(b_s), gl.SliceLayout(1, FEW))
         b_mass += gl.where(mine[None, :], mass[:, None], 0.0)
-    b_next = gl.convert_layout(b_s.to(b_p.dtype), gl.DotOperandLayout(0, OUT, 2))
-    b_o, b_p = warpgroup_mma_wait(0, deps=(b_o, b_p))
+    b_o, b_w = warpgroup_mma_wait(0, deps=(b_o, b_w))
+    # not before: the assembler serialises products whose operands are made while others run
+    b_next = _pack(b_s, q_mine.dtype)
     mbarrier.arrive(v_empty.index(v_stage), count=1)
     b_o = b_o * gl.convert_layout(decay, gl.SliceLayout(1, OUT))[:, None]
     if MIXED:
         # which lane belongs to which factor is a matrix of ones: the masses are one more product
-        b_mass = warpgroup_mma(b_next, member.permute((1, 0)), b_mass, is_async=True)
+        b_mass = warpgroup_mma(_unpack(b_next, q_mine.dtype, gl.DotOperandLayout(0, FEW, 2)), member.permute((1, 0)), b_mass, is_async=True)
         b_mass = warpgroup_mma_wait(0, deps=(b_mass,))
     return b_o, b_next, new_max, b_mass
 
 
 @gluon.jit
 def _compute(
-    part, o_ptr, sizes_ptr, offsets_ptr, query_rows_ptr, o_b, o_h, o_step, H, M, packed_cells, ragged, scale, qk_scale,
+    part, o_ptr, sizes_ptr, query_rows_ptr, o_b, o_h, o_step, H, M, packed_cells, ragged, scale, qk_scale,
     q_smem, k_smem, v_smem, bias_smem, member_smem, work_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty,
     D: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, TILE: gl.constexpr, STAGES: gl.constexpr,
     F: gl.constexpr, VALUE_TILT: gl.constexpr, SIZED: gl.constexpr,
@@ -404,13 +487,16 @@ def _compute(
     n_k = 0
     n_v = 0
     mbarrier.wait(q_full.index(0), 0)
-    i = gl.max(work_smem.index(0).load(LANES), 0)
+    i = _read(work_smem, 0, LANES)
     while i >= 0:
         i_m = M - 1 - i % M
         i_bh = (i // M).to(gl.int64)
         slot = n_work & 1
         q_mine = q_smem.index(slot * (BLOCK_M // 64) + part)
-        begins, lanes = _lists(offsets_ptr + (i_bh * M + i_m) * (F + 1), packed_cells, F)
+        lanes = ()
+        for f in gl.static_range(F):
+            lanes = lanes + (_read(work_smem, slot * (F + 1) + f + 1, LANES),)
+        query_rows = gl.load(query_rows_ptr + i_m * BLOCK_M + part * 64 + gl.arange(0, 64, gl.SliceLayout(1, ROWS)))
         # tiles from `first` to `last` belong to one factor, those from `mixed` on to several
         first = gl.full([8], 0, gl.int32, gl.SliceLayout(0, FEW))
         clean = gl.maximum(lanes[0] - ragged, 0) // TILE
@@ -435,9 +521,9 @@ def _compute(
         b_s = warpgroup_mma_wait(0, deps=(b_s,))
         b_max = gl.full([64], float("-inf"), gl.float32, gl.SliceLayout(1, SCORES))
         b_s, b_max, decay = _softmax(b_s, n_k % STAGES, bias_smem, k_empty, b_max, qk_scale, True)
-        mass = gl.convert_layout(gl.sum(b_s, 1), gl.SliceLayout(1, FEW))
+        mass = gl.convert_layout(_row_sum(b_s), gl.SliceLayout(1, FEW))
         b_mass = gl.where((o_f == 0)[None, :], mass[:, None], 0.0)
-        b_p = gl.convert_layout(b_s.to(dtype), gl.DotOperandLayout(0, OUT, 2))
+        b_p = _pack(b_s, dtype)
         b_o = gl.zeros([64, D], gl.float32, OUT)
         for t in range(1, clean):
             b_o, b_p, b_max, b_mass = _step(
@@ -461,34 +547,32 @@ def _compute(
         stage = (n_v - 1) % STAGES
         mbarrier.wait(v_full.index(stage), ((n_v - 1) // STAGES) & 1)
         fence_async_shared()
-        b_o = warpgroup_mma(b_p, v_smem.index(stage), b_o, is_async=True)
-        query_rows = gl.load(query_rows_ptr + i_m * BLOCK_M + part * 64 + gl.arange(0, 64, gl.SliceLayout(1, ROWS)))
+        b_w = _unpack(b_p, dtype, gl.DotOperandLayout(0, OUT, 2))
+        b_o = warpgroup_mma(b_w, v_smem.index(stage), b_o, is_async=True)
         # a row that keeps nothing is 0; 0 / 0 of a row whose weights all vanish stays NaN, as in dense attention
         sum_mass = gl.where(kept > 0, gl.sum(b_mass, 1), 1.0)
         b_mass = b_mass / sum_mass[:, None]
-        b_o, b_p = warpgroup_mma_wait(0, deps=(b_o, b_p))
+        b_o, b_w = warpgroup_mma_wait(0, deps=(b_o, b_w))
         mbarrier.arrive(v_empty.index(stage), count=1)
         b_o = b_o / gl.convert_layout(sum_mass, gl.SliceLayout(1, OUT))[:, None]
 
         if VALUE_TILT:
-            PART: gl.constexpr = min(D, TILE)
-            QUERIES: gl.constexpr = gl.DotOperandLayout(0, OUT, 2)
+            zero = gl.zeros([64, D], gl.float32, OUT)
             for f in gl.static_range(1, F):
                 if lanes[f] > 0:
+                    stage = n_v % STAGES
+                    mbarrier.wait(v_full.index(stage), (n_v // STAGES) & 1)
+                    fence_async_shared()
+                    covariance = v_smem.index(stage).slice(0, D, dim=0)
+                    b_t = warpgroup_mma(q_mine, covariance, zero, use_acc=False, is_async=True)
                     share = gl.sum(gl.where(o_f[None, :] == f, b_mass, 0.0), 1) * scale
                     if SIZED:
                         share = share * gl.load(sizes_ptr + i_bh * F + f)
-                    share = gl.convert_layout(share, gl.SliceLayout(1, QUERIES))
-                    for c in gl.static_range((D + TILE - 1) // TILE):
-                        b_q = q_mine.slice(c * PART, PART, dim=1).load(QUERIES)
-                        b_q = (b_q.to(gl.float32) * share[:, None]).to(dtype)
-                        stage = n_v % STAGES
-                        mbarrier.wait(v_full.index(stage), (n_v // STAGES) & 1)
-                        fence_async_shared()
-                        b_o = warpgroup_mma(b_q, v_smem.index(stage).slice(0, PART, dim=0), b_o, is_async=True)
-                        b_o = warpgroup_mma_wait(0, deps=(b_o,))
-                        mbarrier.arrive(v_empty.index(stage), count=1)
-                        n_v += 1
+                    share = gl.convert_layout(share, gl.SliceLayout(1, OUT))
+                    b_t = warpgroup_mma_wait(0, deps=(b_t,))
+                    mbarrier.arrive(v_empty.index(stage), count=1)
+                    b_o += b_t * share[:, None]
+                    n_v += 1
         o_d = gl.arange(0, D, gl.SliceLayout(0, ROWS))
         q_mine.store(b_o.to(dtype))
         pointers = o_ptr + (i_bh // H) * o_b + (i_bh % H) * o_h + query_rows.to(gl.int64)[:, None] * o_step + o_d[None, :]
@@ -498,7 +582,7 @@ def _compute(
         n_work += 1
         slot = n_work & 1
         mbarrier.wait(q_full.index(slot), (n_work >> 1) & 1)
-        i = gl.max(work_smem.index(slot).load(LANES), 0)
+        i = _read(work_smem, slot * (F + 1), LANES)
 
 
 @gluon.jit(do_not_specialize=["num_rows", "work", "packed_cells", "packed_bases", "ragged"])
@@ -514,7 +598,7 @@ def _attend_kernel(
     ragged,                                             # lanes at the end of factor 1 that may hold no token
     scale, qk_scale, norm_scale, bias_cap,              # softmax scale s, s log2(e), s^2/2 log2(e), cap log2(e)
     D: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, TILE: gl.constexpr, STAGES: gl.constexpr,
-    F: gl.constexpr, KEY_VARIANCE: gl.constexpr, VALUE_TILT: gl.constexpr, SIZED: gl.constexpr,
+    F: gl.constexpr, KEY_VARIANCE: gl.constexpr, VALUE_TILT: gl.constexpr, SIZED: gl.constexpr, WIDE: gl.constexpr,
     COMPUTE_REGISTERS: gl.constexpr, FETCH_REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """Grid: one program a multiprocessor. Each takes query blocks from a counter until there are none."""
@@ -528,7 +612,7 @@ def _attend_kernel(
     v_smem = gl.allocate_shared_memory(dtype, [STAGES, TILE, D], SWIZZLED)
     bias_smem = gl.allocate_shared_memory(gl.float32, [STAGES, TILE], PLAIN)
     member_smem = gl.allocate_shared_memory(dtype, [MEMBERS, 8, TILE], SWIZZLED)
-    work_smem = gl.allocate_shared_memory(gl.int32, [2, 1], PLAIN)
+    work_smem = gl.allocate_shared_memory(gl.int32, [2 * (F + 1), 1], PLAIN)
     q_full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     q_empty = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
@@ -548,13 +632,13 @@ def _attend_kernel(
         [
             (_compute, (
                 0,
-                    o_ptr, sizes_ptr, offsets_ptr, query_rows_ptr, o_b, o_h, o_step, H, M, packed_cells, ragged, scale, qk_scale,
+                    o_ptr, sizes_ptr, query_rows_ptr, o_b, o_h, o_step, H, M, packed_cells, ragged, scale, qk_scale,
                     q_smem, k_smem, v_smem, bias_smem, member_smem, work_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty,
                     D, BLOCK_M, BLOCK_N, TILE, STAGES, F, VALUE_TILT, SIZED,
             )),
             (_compute, (
                 1,
-                    o_ptr, sizes_ptr, offsets_ptr, query_rows_ptr, o_b, o_h, o_step, H, M, packed_cells, ragged, scale, qk_scale,
+                    o_ptr, sizes_ptr, query_rows_ptr, o_b, o_h, o_step, H, M, packed_cells, ragged, scale, qk_scale,
                     q_smem, k_smem, v_smem, bias_smem, member_smem, work_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty,
                     D, BLOCK_M, BLOCK_N, TILE, STAGES, F, VALUE_TILT, SIZED,
             )),
@@ -565,7 +649,7 @@ def _attend_kernel(
                 H, M, N, num_rows, work, packed_cells, packed_bases, norm_scale, bias_cap,
                 q_smem, k_smem, v_smem, bias_smem, member_smem, work_smem,
                 q_full, q_empty, k_full, k_empty, v_full, v_empty,
-                D, BLOCK_M, BLOCK_N, TILE, STAGES, F, KEY_VARIANCE, VALUE_TILT,
+                D, BLOCK_M, BLOCK_N, TILE, STAGES, F, KEY_VARIANCE, VALUE_TILT, WIDE,
             )),
         ],
         [4, 4],
