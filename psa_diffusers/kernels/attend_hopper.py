@@ -28,7 +28,6 @@ TILE = 128  # keys or cells of an iteration
 HEAD_DIMS = (64, 128)
 MOST_FACTORS = 8
 
-_LOG2E = gl.constexpr(math.log2(math.e))
 # renamed between Triton 3.6 and 3.9
 _async_load = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared
 
@@ -64,7 +63,7 @@ def attend(
             heads, layout.num_query_blocks, layout.num_key_blocks, pyramid.keys.shape[2], work,
             _pack_cells(schedule.factors, layout.block_n), _pack_bases(schedule.factors, layout.block_n),
             (layout.num_key_blocks - layout.video_key_blocks + 1) * layout.block_n,
-            scale, scale * log2e, 0.5 * scale**2 * log2e, variance_cap * log2e,
+            scale, scale * log2e, 1 / scale, 0.5 * scale**2, variance_cap,
             D=dim, BLOCK_M=BLOCK_M, BLOCK_N=layout.block_n, TILE=TILE, STAGES=256 // dim, F=num_factors,
             KEY_VARIANCE=key_variance, VALUE_TILT=value_tilt, SIZED=q.dtype == torch.float16,
             WIDE=max(q.shape[2] * x.stride(2) for x in (q, k, v)) >= 2**31,
@@ -188,7 +187,7 @@ def _copy_rows(smem, base_ptr, rows, stride, D: gl.constexpr, WIDE: gl.constexpr
 
 @gluon.jit
 def _send(
-    n, k_src, v_src, k_step, v_step, rows, bias, k_smem, v_smem, bias_smem, k_full, k_empty, v_full, v_empty, n_v,
+    n, k_src, v_src, k_step, v_step, rows, bias, f, k_smem, v_smem, bias_smem, k_full, k_empty, v_full, v_empty, n_v,
     D: gl.constexpr, STAGES: gl.constexpr, WIDE: gl.constexpr,
 ):  # fmt: skip
     """Hand tile n of keys and n_v of values to those who compute."""
@@ -196,7 +195,18 @@ def _send(
     mbarrier.wait(k_empty.index(stage), (n // STAGES) & 1 ^ 1)
     _copy_rows(k_smem.index(stage), k_src, rows, k_step, D, WIDE)
     async_copy.mbarrier_arrive(k_full.index(stage), increment_count=False)
-    bias_smem.index(stage).store(bias)
+    b_stage = n % (STAGES + 2)
+    # in the unit of a product of query and key, as the sum of two numbers in half precision
+    CHANNELS: gl.constexpr = gl.BlockedLayout([1, 16], [32, 1], [4, 1], [1, 0])
+    high = bias.to(bias_smem.dtype)
+    low = gl.where(bias == float("-inf"), 0.0, bias - high.to(gl.float32)).to(bias_smem.dtype)
+    high = gl.convert_layout(high, gl.SliceLayout(1, CHANNELS))[:, None]
+    low = gl.convert_layout(low, gl.SliceLayout(1, CHANNELS))[:, None]
+    channel = gl.arange(0, 16, gl.SliceLayout(0, CHANNELS))[None, :]
+    f = gl.convert_layout(f, gl.SliceLayout(1, CHANNELS))[:, None]
+    one = gl.where(channel == f + 8, 1.0, 0.0).to(bias_smem.dtype)  # which factor a key belongs to
+    bias_smem.index(b_stage).store(gl.where(channel == 0, high, gl.where(channel == 1, low, one)))
+    fence_async_shared()
     mbarrier.arrive(k_full.index(stage), count=1)
     stage = n_v % STAGES
     mbarrier.wait(v_empty.index(stage), (n_v // STAGES) & 1 ^ 1)
@@ -225,8 +235,8 @@ def _fetch(
     q_ptr, k_ptr, v_ptr, keys_ptr, values_ptr, log_counts_ptr, variance_ptr, covariance_ptr,
     block_ids_ptr, offsets_ptr, query_rows_ptr, key_rows_ptr, counter_ptr,
     q_b, q_h, q_step, k_b, k_h, k_step, v_b, v_h, v_step,
-    H, M, N, num_rows, work, packed_cells, packed_bases, norm_scale, bias_cap,
-    q_smem, k_smem, v_smem, bias_smem, member_smem, work_smem,
+    H, M, N, num_rows, work, packed_cells, packed_bases, inverse_scale, norm_scale, bias_cap,
+    q_smem, k_smem, v_smem, bias_smem, work_smem,
     q_full, q_empty, k_full, k_empty, v_full, v_empty,
     D: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, TILE: gl.constexpr, STAGES: gl.constexpr,
     F: gl.constexpr, KEY_VARIANCE: gl.constexpr, VALUE_TILT: gl.constexpr, WIDE: gl.constexpr,
@@ -267,7 +277,6 @@ def _fetch(
         mbarrier.arrive(q_full.index(slot), count=1)
 
         starts, shifts, pooled = _segments(begins, lanes, TILE, F)
-        mixed = starts[F - 1] if F > 1 else 0
         if F > 1:
             # the first pooled tile is looked up long before it is sent
             f, cell, pooled_block = _find(o_l, pooled, starts, shifts, ids_ptr, packed_cells, F)
@@ -285,7 +294,7 @@ def _fetch(
             block = gl.load(ids_ptr + (lane + TILE) // BLOCK_N, mask=lane + TILE < total, other=0).to(gl.int32)
             bias = gl.where(row >= 0, 0.0, float("-inf"))
             _send(
-                n_k, k_head, v_head, k_step, v_step, row, bias,
+                n_k, k_head, v_head, k_step, v_step, row, bias, o_l * 0,
                 k_smem, v_smem, bias_smem, k_full, k_empty, v_full, v_empty, n_v, D, STAGES, WIDE,
             )  # fmt: skip
             row = next_row
@@ -307,21 +316,13 @@ def _fetch(
                 )  # fmt: skip
                 f_after, cell, pooled_block = _find(lane + TILE, pooled, starts, shifts, ids_ptr, packed_cells, F)
                 # log(count), not log(factor): a ragged tail averages fewer real tokens, and an empty cell none
-                bias = log_count * _LOG2E
+                bias = log_count
                 if KEY_VARIANCE:
                     spread = gl.where(spread < float("inf"), spread, 0.0)  # false for NaN too
                     bias += gl.minimum(spread_scale * spread, bias_cap)
-                if VALUE_TILT:
-                    if t >= mixed:
-                        member = member_smem.index(slot * (F - 1) + (t - mixed) // TILE)
-                        MEMBERS: gl.constexpr = gl.BlockedLayout([8, 1], [1, 32], [1, 4], [0, 1])
-                        of_lane = gl.convert_layout(gl.where(pooled_row >= 0, f, 0), gl.SliceLayout(0, MEMBERS))
-                        o_f = gl.arange(0, 8, gl.SliceLayout(1, MEMBERS))
-                        one = gl.where(of_lane[None, :] == o_f[:, None], 1.0, 0.0)
-                        member.store(one.to(member.dtype))
-                        fence_async_shared()
+                bias = bias * inverse_scale
                 _send(
-                    n_k, keys_head, values_head, D, D, pooled_row, bias,
+                    n_k, keys_head, values_head, D, D, pooled_row, bias, f,
                     k_smem, v_smem, bias_smem, k_full, k_empty, v_full, v_empty, n_v, D, STAGES, WIDE,
                 )  # fmt: skip
                 pooled_row = next_row
@@ -364,29 +365,15 @@ def _read(smem, index, LANES: gl.constexpr):
 
 
 @gluon.jit
-def _quarter(x, SUM: gl.constexpr):
-    """Sum or maximum of every four of the columns that a thread holds: ``[R, C]`` to ``[R, C / 4]``.
-
-    Reduced column by column, every operation would wait for the one before.
-    """
+def _row_max(x):
+    """Largest number of every row ``[R, C]``. Of every four columns first: one by one, each would wait for the last."""
     R: gl.constexpr = x.shape[0]
     C: gl.constexpr = x.shape[1]
     a, b = x.reshape([R, C // 2, 2]).split()
-    x = a + b if SUM else gl.maximum(a, b)
     # a thread holds two of every eight columns: neighbours first, then eights
-    a, b = x.reshape([R, C // 16, 2, 4]).permute([0, 1, 3, 2]).split()
-    x = a + b if SUM else gl.maximum(a, b)
-    return x.reshape([R, C // 4])
-
-
-@gluon.jit
-def _row_max(x):
-    return gl.convert_layout(gl.max(_quarter(x, False), 1), gl.SliceLayout(1, x.type.layout))
-
-
-@gluon.jit
-def _row_sum(x):
-    return gl.sum(_quarter(x, True), 1)
+    a, b = gl.maximum(a, b).reshape([R, C // 16, 2, 4]).permute([0, 1, 3, 2]).split()
+    largest = gl.max(gl.maximum(a, b).reshape([R, C // 4]), 1)
+    return gl.convert_layout(largest, gl.SliceLayout(1, x.type.layout))
 
 
 @gluon.jit
@@ -409,68 +396,68 @@ def _unpack(x, dtype: gl.constexpr, LAYOUT: gl.constexpr):
 
 
 @gluon.jit
-def _softmax(b_s, stage, bias_smem, k_empty, b_max, qk_scale, BIAS: gl.constexpr):
-    """Scores in base 2 to weights relative to the running maximum: weights, maximum, decay of what came before."""
+def _softmax(b_s, b_max, qk_scale):
+    """Scores to weights relative to the running maximum in base 2: weights, maximum, decay of what came before."""
+    new_max = gl.maximum(b_max, _row_max(b_s) * qk_scale)
+    # finite pivot while a row has seen no cell, otherwise -inf - (-inf) = nan
+    pivot = gl.where(new_max == float("-inf"), 0.0, new_max)
+    return gl.exp2(b_s * qk_scale - pivot[:, None]), new_max, gl.exp2(b_max - pivot)
+
+
+@gluon.jit
+def _scores(q_mine, ones, keys, biases, BIAS: gl.constexpr, TILE: gl.constexpr):
+    """Start the product of queries and keys. The bias of a key is two more channels, for which a query has ones."""
+    SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TILE, 16])
+    b_s = gl.zeros([64, TILE], gl.float32, SCORES)
     if BIAS:
-        b_s = b_s * qk_scale + bias_smem.index(stage).load(gl.SliceLayout(0, b_s.type.layout))[None, :]
-        mbarrier.arrive(k_empty.index(stage), count=1)
-        new_max = gl.maximum(b_max, _row_max(b_s))
-        # finite pivot while a row has seen no cell, otherwise -inf - (-inf) = nan
-        pivot = gl.where(new_max == float("-inf"), 0.0, new_max)
-        b_p = gl.exp2(b_s - pivot[:, None])
-    else:
-        mbarrier.arrive(k_empty.index(stage), count=1)
-        new_max = gl.maximum(b_max, _row_max(b_s) * qk_scale)
-        pivot = gl.where(new_max == float("-inf"), 0.0, new_max)
-        b_p = gl.exp2(b_s * qk_scale - pivot[:, None])
-    return b_p, new_max, gl.exp2(b_max - pivot)
+        b_s = warpgroup_mma(ones, biases.permute((1, 0)), b_s, use_acc=False, is_async=True)
+    return warpgroup_mma(q_mine, keys.permute((1, 0)), b_s, use_acc=BIAS, is_async=True)
+
+
+@gluon.jit
+def _add(b_o, b_mass, b_w, values, biases):
+    """Start to add weighted values, and the weights themselves to the masses of the factors of their keys."""
+    b_o = warpgroup_mma(b_w, values, b_o, is_async=True)
+    return b_o, warpgroup_mma(b_w, biases, b_mass, is_async=True)
 
 
 @gluon.jit
 def _step(
-    n, n_v, q_mine, k_smem, v_smem, bias_smem, k_full, k_empty, v_full, v_empty,
-    b_o, b_p, b_max, b_mass, mine, member, qk_scale,
-    BIAS: gl.constexpr, MIXED: gl.constexpr, D: gl.constexpr, TILE: gl.constexpr, STAGES: gl.constexpr,
+    n, n_v, q_mine, ones, k_smem, v_smem, bias_smem, k_full, k_empty, v_full, v_empty,
+    b_o, b_p, b_max, b_mass, qk_scale,
+    BIAS: gl.constexpr, D: gl.constexpr, TILE: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """Scores of tile n, while the values of the tile before are added.
 
     Every product ends within the step: one that crosses the end of a loop makes the assembler wait after each.
     """
-    SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TILE, 16])
     OUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
-    FEW: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 8, 16])
+    MASSES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 16, 16])
     stage = n % STAGES
     v_stage = (n_v - 1) % STAGES
     mbarrier.wait(k_full.index(stage), (n // STAGES) & 1)
     fence_async_shared()
-    zero = gl.zeros([64, TILE], gl.float32, SCORES)
-    b_s = warpgroup_mma(q_mine, k_smem.index(stage).permute((1, 0)), zero, use_acc=False, is_async=True)
+    b_s = _scores(q_mine, ones, k_smem.index(stage), bias_smem.index(n % (STAGES + 2)), BIAS, TILE)
     mbarrier.wait(v_full.index(v_stage), ((n_v - 1) // STAGES) & 1)
     fence_async_shared()
     b_w = _unpack(b_p, q_mine.dtype, gl.DotOperandLayout(0, OUT, 2))
-    b_o = warpgroup_mma(b_w, v_smem.index(v_stage), b_o, is_async=True)
-    b_s = warpgroup_mma_wait(1, deps=(b_s,))
-    b_s, new_max, decay = _softmax(b_s, stage, bias_smem, k_empty, b_max, qk_scale, BIAS)
-    b_mass = b_mass * gl.convert_layout(decay, gl.SliceLayout(1, FEW))[:, None]
-    if not MIXED:
-        mass = gl.convert_layout(_row_sum(b_s), gl.SliceLayout(1, FEW))
-        b_mass += gl.where(mine[None, :], mass[:, None], 0.0)
-    b_o, b_w = warpgroup_mma_wait(0, deps=(b_o, b_w))
+    b_o, b_mass = _add(b_o, b_mass, b_w, v_smem.index(v_stage), bias_smem.index((n - 1) % (STAGES + 2)))
+    b_s = warpgroup_mma_wait(2, deps=(b_s,))
+    mbarrier.arrive(k_empty.index(stage), count=1)
+    b_s, new_max, decay = _softmax(b_s, b_max, qk_scale)
+    b_o, b_mass, b_w = warpgroup_mma_wait(0, deps=(b_o, b_mass, b_w))
     # not before: the assembler serialises products whose operands are made while others run
     b_next = _pack(b_s, q_mine.dtype)
     mbarrier.arrive(v_empty.index(v_stage), count=1)
     b_o = b_o * gl.convert_layout(decay, gl.SliceLayout(1, OUT))[:, None]
-    if MIXED:
-        # which lane belongs to which factor is a matrix of ones: the masses are one more product
-        b_mass = warpgroup_mma(_unpack(b_next, q_mine.dtype, gl.DotOperandLayout(0, FEW, 2)), member.permute((1, 0)), b_mass, is_async=True)
-        b_mass = warpgroup_mma_wait(0, deps=(b_mass,))
+    b_mass = b_mass * gl.convert_layout(decay, gl.SliceLayout(1, MASSES))[:, None]
     return b_o, b_next, new_max, b_mass
 
 
 @gluon.jit
 def _compute(
     part, o_ptr, sizes_ptr, query_rows_ptr, o_b, o_h, o_step, H, M, packed_cells, ragged, scale, qk_scale,
-    q_smem, k_smem, v_smem, bias_smem, member_smem, work_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty,
+    q_smem, ones, k_smem, v_smem, bias_smem, work_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty,
     D: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, TILE: gl.constexpr, STAGES: gl.constexpr,
     F: gl.constexpr, VALUE_TILT: gl.constexpr, SIZED: gl.constexpr,
 ):  # fmt: skip
@@ -479,10 +466,9 @@ def _compute(
     ROWS: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TILE, 16])
     OUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
-    FEW: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 8, 16])
-    MIX: gl.constexpr = VALUE_TILT and F > 1
+    MASSES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 16, 16])
     dtype: gl.constexpr = q_smem.dtype
-    o_f = gl.arange(0, 8, gl.SliceLayout(0, FEW))
+    o_c = gl.arange(0, 16, gl.SliceLayout(0, MASSES))
     n_work = 0
     n_k = 0
     n_v = 0
@@ -497,65 +483,47 @@ def _compute(
         for f in gl.static_range(F):
             lanes = lanes + (_read(work_smem, slot * (F + 1) + f + 1, LANES),)
         query_rows = gl.load(query_rows_ptr + i_m * BLOCK_M + part * 64 + gl.arange(0, 64, gl.SliceLayout(1, ROWS)))
-        # tiles from `first` to `last` belong to one factor, those from `mixed` on to several
-        first = gl.full([8], 0, gl.int32, gl.SliceLayout(0, FEW))
+        # all keys of the first tiles are real
         clean = gl.maximum(lanes[0] - ragged, 0) // TILE
-        mixed = gl.maximum((lanes[0] + TILE - 1) // TILE, 1)
-        last = gl.where(o_f == 0, mixed, 0)
-        kept = lanes[0]
-        rest = 0
+        pooled = 0
         for f in gl.static_range(1, F):
-            first = gl.where(o_f == f, mixed, first)
-            mixed += lanes[f] // TILE
-            last = gl.where(o_f == f, mixed, last)
-            rest += lanes[f] % TILE
-            kept += lanes[f]
-        tiles = mixed + (rest + TILE - 1) // TILE
-        if not MIX:
-            last = gl.where(o_f == F - 1, tiles, last)  # without the tilt only the sum of all masses counts
+            pooled += lanes[f]
+        tiles = gl.maximum((lanes[0] + TILE - 1) // TILE, 1) + (pooled + TILE - 1) // TILE
 
         mbarrier.wait(k_full.index(n_k % STAGES), (n_k // STAGES) & 1)
         fence_async_shared()
-        zero = gl.zeros([64, TILE], gl.float32, SCORES)
-        b_s = warpgroup_mma(q_mine, k_smem.index(n_k % STAGES).permute((1, 0)), zero, use_acc=False, is_async=True)
+        stage = n_k % STAGES
+        b_s = _scores(q_mine, ones, k_smem.index(stage), bias_smem.index(n_k % (STAGES + 2)), True, TILE)
         b_s = warpgroup_mma_wait(0, deps=(b_s,))
+        mbarrier.arrive(k_empty.index(stage), count=1)
         b_max = gl.full([64], float("-inf"), gl.float32, gl.SliceLayout(1, SCORES))
-        b_s, b_max, decay = _softmax(b_s, n_k % STAGES, bias_smem, k_empty, b_max, qk_scale, True)
-        mass = gl.convert_layout(_row_sum(b_s), gl.SliceLayout(1, FEW))
-        b_mass = gl.where((o_f == 0)[None, :], mass[:, None], 0.0)
+        b_s, b_max, decay = _softmax(b_s, b_max, qk_scale)
         b_p = _pack(b_s, dtype)
         b_o = gl.zeros([64, D], gl.float32, OUT)
+        b_mass = gl.zeros([64, 16], gl.float32, MASSES)
         for t in range(1, clean):
             b_o, b_p, b_max, b_mass = _step(
-                n_k + t, n_v + t, q_mine, k_smem, v_smem, bias_smem, k_full, k_empty, v_full, v_empty,
-                b_o, b_p, b_max, b_mass, o_f == 0, 0, qk_scale, False, False, D, TILE, STAGES,
+                n_k + t, n_v + t, q_mine, ones, k_smem, v_smem, bias_smem, k_full, k_empty, v_full, v_empty,
+                b_o, b_p, b_max, b_mass, qk_scale, False, D, TILE, STAGES,
             )  # fmt: skip
-        for t in range(gl.maximum(clean, 1), mixed if MIX else tiles):
+        for t in range(gl.maximum(clean, 1), tiles):
             b_o, b_p, b_max, b_mass = _step(
-                n_k + t, n_v + t, q_mine, k_smem, v_smem, bias_smem, k_full, k_empty, v_full, v_empty,
-                b_o, b_p, b_max, b_mass, (t >= first) & (t < last), 0, qk_scale, True, False, D, TILE, STAGES,
+                n_k + t, n_v + t, q_mine, ones, k_smem, v_smem, bias_smem, k_full, k_empty, v_full, v_empty,
+                b_o, b_p, b_max, b_mass, qk_scale, True, D, TILE, STAGES,
             )  # fmt: skip
-        if MIX:
-            for t in range(mixed, tiles):
-                member = member_smem.index(slot * (F - 1) + t - mixed)
-                b_o, b_p, b_max, b_mass = _step(
-                    n_k + t, n_v + t, q_mine, k_smem, v_smem, bias_smem, k_full, k_empty, v_full, v_empty,
-                    b_o, b_p, b_max, b_mass, o_f == 0, member, qk_scale, True, True, D, TILE, STAGES,
-                )  # fmt: skip
         n_k += tiles
         n_v += tiles
         stage = (n_v - 1) % STAGES
         mbarrier.wait(v_full.index(stage), ((n_v - 1) // STAGES) & 1)
         fence_async_shared()
         b_w = _unpack(b_p, dtype, gl.DotOperandLayout(0, OUT, 2))
-        b_o = warpgroup_mma(b_w, v_smem.index(stage), b_o, is_async=True)
-        # a row that keeps nothing is 0; 0 / 0 of a row whose weights all vanish stays NaN, as in dense attention
-        sum_mass = gl.where(kept > 0, gl.sum(b_mass, 1), 1.0)
-        b_mass = b_mass / sum_mass[:, None]
-        b_o, b_w = warpgroup_mma_wait(0, deps=(b_o, b_w))
+        b_o, b_mass = _add(b_o, b_mass, b_w, v_smem.index(stage), bias_smem.index((n_k - 1) % (STAGES + 2)))
+        b_o, b_mass, b_w = warpgroup_mma_wait(0, deps=(b_o, b_mass, b_w))
         mbarrier.arrive(v_empty.index(stage), count=1)
+        # a row that keeps nothing is 0; 0 / 0 of a row whose weights all vanish stays NaN, as in dense attention
+        is_kept = lanes[0] + pooled > 0
+        sum_mass = gl.where(is_kept, gl.sum(gl.where(o_c[None, :] >= 8, b_mass, 0.0), 1), 1.0)
         b_o = b_o / gl.convert_layout(sum_mass, gl.SliceLayout(1, OUT))[:, None]
-
         if VALUE_TILT:
             zero = gl.zeros([64, D], gl.float32, OUT)
             for f in gl.static_range(1, F):
@@ -565,7 +533,7 @@ def _compute(
                     fence_async_shared()
                     covariance = v_smem.index(stage).slice(0, D, dim=0)
                     b_t = warpgroup_mma(q_mine, covariance, zero, use_acc=False, is_async=True)
-                    share = gl.sum(gl.where(o_f[None, :] == f, b_mass, 0.0), 1) * scale
+                    share = gl.sum(gl.where(o_c[None, :] == f + 8, b_mass, 0.0), 1) / sum_mass * scale
                     if SIZED:
                         share = share * gl.load(sizes_ptr + i_bh * F + f)
                     share = gl.convert_layout(share, gl.SliceLayout(1, OUT))
@@ -596,7 +564,7 @@ def _attend_kernel(
     q_b, q_h, q_step, k_b, k_h, k_step, v_b, v_h, v_step, o_b, o_h, o_step,
     H, M, N, num_rows, work, packed_cells, packed_bases,
     ragged,                                             # lanes at the end of factor 1 that may hold no token
-    scale, qk_scale, norm_scale, bias_cap,              # softmax scale s, s log2(e), s^2/2 log2(e), cap log2(e)
+    scale, qk_scale, inverse_scale, norm_scale, bias_cap,  # softmax scale s, s log2(e), 1/s, s^2/2, cap of the bias
     D: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, TILE: gl.constexpr, STAGES: gl.constexpr,
     F: gl.constexpr, KEY_VARIANCE: gl.constexpr, VALUE_TILT: gl.constexpr, SIZED: gl.constexpr, WIDE: gl.constexpr,
     COMPUTE_REGISTERS: gl.constexpr, FETCH_REGISTERS: gl.constexpr,
@@ -604,14 +572,18 @@ def _attend_kernel(
     """Grid: one program a multiprocessor. Each takes query blocks from a counter until there are none."""
     dtype: gl.constexpr = q_ptr.dtype.element_ty
     PARTS: gl.constexpr = BLOCK_M // 64
-    MEMBERS: gl.constexpr = 2 * (F - 1) if VALUE_TILT and F > 1 else 1
     SWIZZLED: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
     PLAIN: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     q_smem = gl.allocate_shared_memory(dtype, [2 * PARTS, 64, D], SWIZZLED)
     k_smem = gl.allocate_shared_memory(dtype, [STAGES, TILE, D], SWIZZLED)
     v_smem = gl.allocate_shared_memory(dtype, [STAGES, TILE, D], SWIZZLED)
-    bias_smem = gl.allocate_shared_memory(gl.float32, [STAGES, TILE], PLAIN)
-    member_smem = gl.allocate_shared_memory(dtype, [MEMBERS, 8, TILE], SWIZZLED)
+    NARROW: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=32, element_bitwidth=16, rank=2)
+    # two more than of keys: the bias of a tile is read once more when its values are added
+    bias_smem = gl.allocate_shared_memory(dtype, [STAGES + 2, TILE, 16], NARROW)
+    ones = gl.allocate_shared_memory(dtype, [64, 16], NARROW)
+    ONES: gl.constexpr = gl.BlockedLayout([1, 8], [16, 2], [4, 1], [1, 0])
+    channel = gl.arange(0, 16, gl.SliceLayout(0, ONES))[None, :]
+    ones.store(gl.where((channel < 2) & (gl.arange(0, 64, gl.SliceLayout(1, ONES))[:, None] >= 0), 1.0, 0.0).to(dtype))
     work_smem = gl.allocate_shared_memory(gl.int32, [2 * (F + 1), 1], PLAIN)
     q_full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     q_empty = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
@@ -633,21 +605,21 @@ def _attend_kernel(
             (_compute, (
                 0,
                     o_ptr, sizes_ptr, query_rows_ptr, o_b, o_h, o_step, H, M, packed_cells, ragged, scale, qk_scale,
-                    q_smem, k_smem, v_smem, bias_smem, member_smem, work_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty,
+                    q_smem, ones, k_smem, v_smem, bias_smem, work_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty,
                     D, BLOCK_M, BLOCK_N, TILE, STAGES, F, VALUE_TILT, SIZED,
             )),
             (_compute, (
                 1,
                     o_ptr, sizes_ptr, query_rows_ptr, o_b, o_h, o_step, H, M, packed_cells, ragged, scale, qk_scale,
-                    q_smem, k_smem, v_smem, bias_smem, member_smem, work_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty,
+                    q_smem, ones, k_smem, v_smem, bias_smem, work_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty,
                     D, BLOCK_M, BLOCK_N, TILE, STAGES, F, VALUE_TILT, SIZED,
             )),
             (_fetch, (
                 q_ptr, k_ptr, v_ptr, keys_ptr, values_ptr, log_counts_ptr, variance_ptr, covariance_ptr,
                 block_ids_ptr, offsets_ptr, query_rows_ptr, key_rows_ptr, counter_ptr,
                 q_b, q_h, q_step, k_b, k_h, k_step, v_b, v_h, v_step,
-                H, M, N, num_rows, work, packed_cells, packed_bases, norm_scale, bias_cap,
-                q_smem, k_smem, v_smem, bias_smem, member_smem, work_smem,
+                H, M, N, num_rows, work, packed_cells, packed_bases, inverse_scale, norm_scale, bias_cap,
+                q_smem, k_smem, v_smem, bias_smem, work_smem,
                 q_full, q_empty, k_full, k_empty, v_full, v_empty,
                 D, BLOCK_M, BLOCK_N, TILE, STAGES, F, KEY_VARIANCE, VALUE_TILT, WIDE,
             )),
