@@ -6,11 +6,11 @@ import triton.language as tl
 from torch import Tensor
 
 from psa_diffusers.kernels.launch import head_strides, load_rows, on_device, pack_factors, padded, remember
+from psa_diffusers.kernels.tuning import covariance_launch, pyramid_launch
 from psa_diffusers.layout import Layout
 from psa_diffusers.stages.pyramid import Pyramid, pooled_rows
 
-_SPAN = 16  # tokens that one thread row merges, two by two, without talking to another
-_COVARIANCE_ROWS = 2048  # cells a program sums over; a number of the chip's own would change the order of the sums
+_COVARIANCE_ROWS = 4096  # cells a program sums over; a number of the chip's own would change the order of the sums
 
 
 def build_pyramid(
@@ -41,8 +41,9 @@ def build_pyramid(
     variance = torch.empty(batch, heads, num_rows, dtype=torch.float32, device=k.device) if key_variance else None
     broken = torch.empty(batch, heads, num_blocks, dtype=torch.int8, device=k.device)
     log_counts = remember(layout, ("log_counts", factors), lambda: _log_counts(layout, factors))
-    span = min(_SPAN, block_n)
-    # a tile of spans: eight channels a thread, so that a thread merges whole spans in its registers
+    launch = pyramid_launch(dim, k.element_size(), k.device)
+    span = min(launch.span, block_n)
+    # a tile of spans, so that a thread merges whole spans in its registers
     blocks = max(1, 1024 * span // (block_n * padded(dim)))
     spans = blocks * (block_n // span)
     with on_device(k):
@@ -51,7 +52,7 @@ def build_pyramid(
             head_strides(k), head_strides(v), heads, num_blocks, num_rows,
             FACTORS=sum(factors), LEVELS=factors[-1].bit_length() - 1, HEAD_DIM=dim, D_PAD=padded(dim), BLOCK_N=block_n,
             BLOCKS=blocks, SPAN=span, KEY_VARIANCE=key_variance,
-            num_warps=max(1, min(8, spans * padded(dim) // 256)), enable_fp_fusion=True,
+            num_warps=max(1, min(8, spans * padded(dim) // (32 * launch.channels))), enable_fp_fusion=True,
         )  # fmt: skip
     return Pyramid(
         factors=tuple(factors),
@@ -86,7 +87,8 @@ def _covariance(
     num_lanes = layout.key_rows.shape[0]
     splits = [triton.cdiv(num_lanes // factor, _COVARIANCE_ROWS) for factor in factors[:-1]]
     ends = remember(layout, ("splits", factors), lambda: torch.tensor(splits).cumsum(0).int().to(k.device))
-    columns = min(padded(dim), 128)
+    tuned = covariance_launch(dim, k.element_size(), k.device)
+    columns = min(padded(dim), tuned.columns)
     panels = padded(dim) // columns
     parts = torch.empty(sum(splits), batch * heads, dim, dim, dtype=torch.float32, device=k.device)
 
@@ -94,9 +96,9 @@ def _covariance(
         _covariance_kernel[(splits[first - 1] * panels, last - first + 1, batch * heads)](
             k, v, layout.key_rows, keys, values, log_counts, parts, ends,
             head_strides(k), head_strides(v), heads, num_lanes, keys.shape[2], pack_factors(factors), first,
-            HEAD_DIM=dim, D_PAD=padded(dim), TILE=64 if padded(dim) < 128 else 32, COLUMNS=columns, PANELS=panels,
+            HEAD_DIM=dim, D_PAD=padded(dim), TILE=tuned.tile, COLUMNS=columns, PANELS=panels,
             CELLS=_COVARIANCE_ROWS, FROM_TOKENS=from_tokens, PAIRS=pairs,
-            num_warps=8 if padded(dim) >= 128 else 4, num_stages=1, enable_fp_fusion=True,
+            num_warps=tuned.num_warps, num_stages=tuned.num_stages, enable_fp_fusion=True,
         )  # fmt: skip
 
     with on_device(k):
@@ -109,8 +111,8 @@ def _covariance(
                 last += 1
             launch(first, last, first == 1, pairs)
             first = last + 1
-        _add_parts_kernel[(triton.cdiv(dim * dim, 512), len(factors), batch * heads)](
-            parts, ends, covariance, dim * dim, len(factors), 1 / tokens, SIZE=512, num_warps=4, enable_fp_fusion=True
+        _add_parts_kernel[(triton.cdiv(dim * dim, 512), batch * heads)](
+            parts, ends, covariance, dim * dim, 1 / tokens, F=len(factors), SIZE=512, num_warps=4, enable_fp_fusion=True
         )
     return covariance
 
@@ -327,25 +329,24 @@ def _cells(
         return b_k, b_v, count / (1 << log2_factor)
 
 
-@triton.jit(do_not_specialize=["num_factors"])
+@triton.jit
 def _add_parts_kernel(
     parts_ptr, ends_ptr, covariance_ptr,  # [parts, B * H, D * D] [F - 1] [B * H, F, D * D]
-    size, num_factors, one_over_tokens, SIZE: tl.constexpr,
+    size, one_over_tokens, F: tl.constexpr, SIZE: tl.constexpr,
 ):  # fmt: skip
-    """Add up the parts of a factor and of all before it. Grid: (cdiv(D * D, SIZE), F, B * H).
-
-    Always from the first part: Triton 3.6 starts a loop at 0 whose start an outer loop carries.
-    """
-    f = tl.program_id(1)
-    i_bh = tl.program_id(2).to(tl.int64)
+    """Add up the parts of each factor and of all before it. Grid: (cdiv(D * D, SIZE), B * H)."""
+    i_bh = tl.program_id(1).to(tl.int64)
     place = tl.program_id(0) * SIZE + tl.arange(0, SIZE)
-    o_p = tl.arange(0, 8)
-    end = 0
-    if f > 0:
-        end = tl.load(ends_ptr + f - 1)
+    parts_ptr += i_bh * size + place
+    covariance_ptr += i_bh * F * size + place
     total = tl.zeros([SIZE], tl.float32)
-    for i in range(0, end, 8):
-        row = (i + o_p) * tl.num_programs(2) + i_bh
-        mask = (i + o_p < end)[:, None] & (place < size)[None, :]
-        total += tl.sum(tl.load(parts_ptr + row[:, None] * size + place[None, :], mask=mask, other=0.0), 0)
-    tl.store(covariance_ptr + (i_bh * num_factors + f) * size + place, total * one_over_tokens, mask=place < size)
+    tl.store(covariance_ptr, total, mask=place < size)
+    f = 1
+    end = tl.load(ends_ptr)
+    # one loop over all parts: Triton 3.6 starts a loop at 0 whose start an outer loop carries
+    for i in range(0, tl.load(ends_ptr + F - 2)):
+        total += tl.load(parts_ptr + i * tl.num_programs(1) * size.to(tl.int64), mask=place < size, other=0.0)
+        if i + 1 == end:
+            tl.store(covariance_ptr + f * size, total * one_over_tokens, mask=place < size)
+            f += 1
+            end = tl.load(ends_ptr + tl.minimum(f, F - 1) - 1)

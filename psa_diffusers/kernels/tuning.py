@@ -87,9 +87,57 @@ class ImportanceLaunch:
     num_stages: int
 
 
+@dataclass(frozen=True)
+class CovarianceLaunch:
+    """Attributes:
+    tile: Pairs of cells (or cells) an iteration.
+    columns: Channels of the values a program, at most.
+    num_warps: Warps a program.
+    num_stages: Iterations in flight.
+    """
+
+    tile: int
+    columns: int
+    num_warps: int
+    num_stages: int
+
+
+@dataclass(frozen=True)
+class PyramidLaunch:
+    """Attributes:
+    span: Tokens that one thread row merges, two by two, without talking to another.
+    channels: Channels a thread.
+    """
+
+    span: int
+    channels: int
+
+
+# (padded head dimension) -> launch, the same on every chip
+_IMPORTANCE = {dim: ImportanceLaunch(64, 64, 4, 2) for dim in (16, 32, 64, 128, 256)}
+_COVARIANCE = {
+    16: CovarianceLaunch(64, 128, 4, 1),
+    32: CovarianceLaunch(64, 128, 4, 1),
+    64: CovarianceLaunch(64, 128, 4, 1),
+    128: CovarianceLaunch(32, 128, 8, 1),
+    256: CovarianceLaunch(32, 128, 8, 1),
+}
+_PYRAMID = {dim: PyramidLaunch(16, 8) for dim in (16, 32, 64, 128, 256)}
+
+
 def importance_launch(head_dim: int, itemsize: int, device: torch.device) -> ImportanceLaunch:
     """How the estimator runs for these inputs."""
-    return ImportanceLaunch(64, 64, 4, 2)
+    return _IMPORTANCE[padded(head_dim)]
+
+
+def covariance_launch(head_dim: int, itemsize: int, device: torch.device) -> CovarianceLaunch:
+    """How the covariances are summed for these inputs."""
+    return _COVARIANCE[padded(head_dim)]
+
+
+def pyramid_launch(head_dim: int, itemsize: int, device: torch.device) -> PyramidLaunch:
+    """How the pyramid is pooled for these inputs."""
+    return _PYRAMID[padded(head_dim)]
 
 
 def tile_warps(elements: int) -> int:
