@@ -195,7 +195,6 @@ def _send(
     mbarrier.wait(k_empty.index(stage), (n // STAGES) & 1 ^ 1)
     _copy_rows(k_smem.index(stage), k_src, rows, k_step, D, WIDE)
     async_copy.mbarrier_arrive(k_full.index(stage), increment_count=False)
-    b_stage = n % (STAGES + 2)
     # in the unit of a product of query and key, as the sum of two numbers in half precision
     CHANNELS: gl.constexpr = gl.BlockedLayout([1, 16], [32, 1], [4, 1], [1, 0])
     high = bias.to(bias_smem.dtype)
@@ -205,7 +204,7 @@ def _send(
     channel = gl.arange(0, 16, gl.SliceLayout(0, CHANNELS))[None, :]
     f = gl.convert_layout(f, gl.SliceLayout(1, CHANNELS))[:, None]
     one = gl.where(channel == f + 8, 1.0, 0.0).to(bias_smem.dtype)  # which factor a key belongs to
-    bias_smem.index(b_stage).store(gl.where(channel == 0, high, gl.where(channel == 1, low, one)))
+    bias_smem.index(stage).store(gl.where(channel == 0, high, gl.where(channel == 1, low, one)))
     fence_async_shared()
     mbarrier.arrive(k_full.index(stage), count=1)
     stage = n_v % STAGES
@@ -365,15 +364,17 @@ def _read(smem, index, LANES: gl.constexpr):
 
 
 @gluon.jit
-def _row_max(x):
-    """Largest number of every row ``[R, C]``. Of every four columns first: one by one, each would wait for the last."""
+def _fold(x, SUM: gl.constexpr):
+    """Sums or maxima over every eighth column: ``[R, C]`` to ``[R, 8]``, within a thread.
+
+    Halves first: column by column, each operation would wait for the one before.
+    """
     R: gl.constexpr = x.shape[0]
-    C: gl.constexpr = x.shape[1]
-    a, b = x.reshape([R, C // 2, 2]).split()
-    # a thread holds two of every eight columns: neighbours first, then eights
-    a, b = gl.maximum(a, b).reshape([R, C // 16, 2, 4]).permute([0, 1, 3, 2]).split()
-    largest = gl.max(gl.maximum(a, b).reshape([R, C // 4]), 1)
-    return gl.convert_layout(largest, gl.SliceLayout(1, x.type.layout))
+    LEVELS: gl.constexpr = x.shape[1].bit_length() - 4
+    for level in gl.static_range(LEVELS):
+        a, b = x.reshape([R, 2, x.shape[1] // 2]).permute([0, 2, 1]).split()
+        x = a + b if SUM else gl.maximum(a, b)
+    return x
 
 
 @gluon.jit
@@ -398,7 +399,8 @@ def _unpack(x, dtype: gl.constexpr, LAYOUT: gl.constexpr):
 @gluon.jit
 def _softmax(b_s, b_max, qk_scale):
     """Scores to weights relative to the running maximum in base 2: weights, maximum, decay of what came before."""
-    new_max = gl.maximum(b_max, _row_max(b_s) * qk_scale)
+    largest = gl.convert_layout(gl.max(_fold(b_s, False), 1), gl.SliceLayout(1, b_s.type.layout))
+    new_max = gl.maximum(b_max, largest * qk_scale)
     # finite pivot while a row has seen no cell, otherwise -inf - (-inf) = nan
     pivot = gl.where(new_max == float("-inf"), 0.0, new_max)
     return gl.exp2(b_s * qk_scale - pivot[:, None]), new_max, gl.exp2(b_max - pivot)
@@ -415,49 +417,63 @@ def _scores(q_mine, ones, keys, biases, BIAS: gl.constexpr, TILE: gl.constexpr):
 
 
 @gluon.jit
-def _add(b_o, b_mass, b_w, values, biases):
-    """Start to add weighted values, and the weights themselves to the masses of the factors of their keys."""
-    b_o = warpgroup_mma(b_w, values, b_o, is_async=True)
-    return b_o, warpgroup_mma(b_w, biases, b_mass, is_async=True)
-
-
-@gluon.jit
 def _step(
-    n, n_v, q_mine, ones, k_smem, v_smem, bias_smem, k_full, k_empty, v_full, v_empty,
-    b_o, b_p, b_max, b_mass, qk_scale,
-    BIAS: gl.constexpr, D: gl.constexpr, TILE: gl.constexpr, STAGES: gl.constexpr,
+    part, n, n_v, q_mine, ones, k_smem, v_smem, bias_smem, turn, k_full, k_empty, v_full, v_empty,
+    b_o, b_p, b_max, b_sum, b_mass, qk_scale,
+    BIAS: gl.constexpr, MIXED: gl.constexpr, D: gl.constexpr, TILE: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """Scores of tile n, while the values of the tile before are added.
 
-    Every product ends within the step: one that crosses the end of a loop makes the assembler wait after each.
+    The two groups that compute take turns: products of one run while the other makes weights. Every product ends within
+    the step: one that crosses the end of a loop makes the assembler wait after each.
     """
     OUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
+    FEW: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 8, 16])
     MASSES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 16, 16])
     stage = n % STAGES
     v_stage = (n_v - 1) % STAGES
     mbarrier.wait(k_full.index(stage), (n // STAGES) & 1)
     fence_async_shared()
-    b_s = _scores(q_mine, ones, k_smem.index(stage), bias_smem.index(n % (STAGES + 2)), BIAS, TILE)
+    mbarrier.wait(turn.index(part), (n & 1) ^ (1 - part))
+    b_s = _scores(q_mine, ones, k_smem.index(stage), bias_smem.index(stage), BIAS, TILE)
     mbarrier.wait(v_full.index(v_stage), ((n_v - 1) // STAGES) & 1)
     fence_async_shared()
     b_w = _unpack(b_p, q_mine.dtype, gl.DotOperandLayout(0, OUT, 2))
-    b_o, b_mass = _add(b_o, b_mass, b_w, v_smem.index(v_stage), bias_smem.index((n - 1) % (STAGES + 2)))
-    b_s = warpgroup_mma_wait(2, deps=(b_s,))
-    mbarrier.arrive(k_empty.index(stage), count=1)
+    b_o = warpgroup_mma(b_w, v_smem.index(v_stage), b_o, is_async=True)
+    mbarrier.arrive(turn.index(1 - part), count=1)
+    b_s = warpgroup_mma_wait(1, deps=(b_s,))
+    # early where a third tile of keys waits for this one's place
+    EARLY: gl.constexpr = STAGES == 2 and not MIXED
+    if EARLY:
+        mbarrier.arrive(k_empty.index(stage), count=1)
     b_s, new_max, decay = _softmax(b_s, b_max, qk_scale)
-    b_o, b_mass, b_w = warpgroup_mma_wait(0, deps=(b_o, b_mass, b_w))
+    few = gl.convert_layout(decay, gl.SliceLayout(1, FEW))[:, None]
+    b_mass = b_mass * few
+    b_sum = b_sum * few
+    if not MIXED:
+        b_sum += gl.convert_layout(_fold(b_s, True), FEW)
+    b_o, b_w = warpgroup_mma_wait(0, deps=(b_o, b_w))
     # not before: the assembler serialises products whose operands are made while others run
     b_next = _pack(b_s, q_mine.dtype)
     mbarrier.arrive(v_empty.index(v_stage), count=1)
     b_o = b_o * gl.convert_layout(decay, gl.SliceLayout(1, OUT))[:, None]
-    b_mass = b_mass * gl.convert_layout(decay, gl.SliceLayout(1, MASSES))[:, None]
-    return b_o, b_next, new_max, b_mass
+    if MIXED:
+        # which key belongs to which factor is a matrix of ones: the masses are one more product
+        b_w = _unpack(b_next, q_mine.dtype, gl.DotOperandLayout(0, MASSES, 2))
+        zero = gl.zeros([64, 16], gl.float32, MASSES)
+        masses = warpgroup_mma(b_w, bias_smem.index(stage), zero, use_acc=False, is_async=True)
+        masses = warpgroup_mma_wait(0, deps=(masses,))
+        biases, masses = masses.reshape([64, 2, 8]).permute([0, 2, 1]).split()
+        b_mass += gl.convert_layout(masses, FEW)
+    if not EARLY:
+        mbarrier.arrive(k_empty.index(stage), count=1)
+    return b_o, b_next, new_max, b_sum, b_mass
 
 
 @gluon.jit
 def _compute(
     part, o_ptr, sizes_ptr, query_rows_ptr, o_b, o_h, o_step, H, M, packed_cells, ragged, scale, qk_scale,
-    q_smem, ones, k_smem, v_smem, bias_smem, work_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty,
+    q_smem, ones, k_smem, v_smem, bias_smem, work_smem, turn, q_full, q_empty, k_full, k_empty, v_full, v_empty,
     D: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, TILE: gl.constexpr, STAGES: gl.constexpr,
     F: gl.constexpr, VALUE_TILT: gl.constexpr, SIZED: gl.constexpr,
 ):  # fmt: skip
@@ -466,9 +482,9 @@ def _compute(
     ROWS: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TILE, 16])
     OUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
-    MASSES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 16, 16])
+    FEW: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 8, 16])
     dtype: gl.constexpr = q_smem.dtype
-    o_c = gl.arange(0, 16, gl.SliceLayout(0, MASSES))
+    o_f = gl.arange(0, 8, gl.SliceLayout(0, FEW))
     n_work = 0
     n_k = 0
     n_v = 0
@@ -480,36 +496,55 @@ def _compute(
         slot = n_work & 1
         q_mine = q_smem.index(slot * (BLOCK_M // 64) + part)
         lanes = ()
+        kept = 0
         for f in gl.static_range(F):
             lanes = lanes + (_read(work_smem, slot * (F + 1) + f + 1, LANES),)
+            kept += lanes[f]
         query_rows = gl.load(query_rows_ptr + i_m * BLOCK_M + part * 64 + gl.arange(0, 64, gl.SliceLayout(1, ROWS)))
         # all keys of the first tiles are real
         clean = gl.maximum(lanes[0] - ragged, 0) // TILE
-        pooled = 0
-        for f in gl.static_range(1, F):
-            pooled += lanes[f]
-        tiles = gl.maximum((lanes[0] + TILE - 1) // TILE, 1) + (pooled + TILE - 1) // TILE
+        end = gl.maximum((lanes[0] + TILE - 1) // TILE, 1)  # of the tiles of factor 1
 
         mbarrier.wait(k_full.index(n_k % STAGES), (n_k // STAGES) & 1)
         fence_async_shared()
         stage = n_k % STAGES
-        b_s = _scores(q_mine, ones, k_smem.index(stage), bias_smem.index(n_k % (STAGES + 2)), True, TILE)
+        mbarrier.wait(turn.index(part), (n_k & 1) ^ (1 - part))
+        b_s = _scores(q_mine, ones, k_smem.index(stage), bias_smem.index(stage), True, TILE)
+        mbarrier.arrive(turn.index(1 - part), count=1)
         b_s = warpgroup_mma_wait(0, deps=(b_s,))
         mbarrier.arrive(k_empty.index(stage), count=1)
         b_max = gl.full([64], float("-inf"), gl.float32, gl.SliceLayout(1, SCORES))
         b_s, b_max, decay = _softmax(b_s, b_max, qk_scale)
+        b_sum = gl.convert_layout(_fold(b_s, True), FEW)
+        b_mass = gl.zeros([64, 8], gl.float32, FEW)
         b_p = _pack(b_s, dtype)
         b_o = gl.zeros([64, D], gl.float32, OUT)
-        b_mass = gl.zeros([64, 16], gl.float32, MASSES)
         for t in range(1, clean):
-            b_o, b_p, b_max, b_mass = _step(
-                n_k + t, n_v + t, q_mine, ones, k_smem, v_smem, bias_smem, k_full, k_empty, v_full, v_empty,
-                b_o, b_p, b_max, b_mass, qk_scale, False, D, TILE, STAGES,
+            b_o, b_p, b_max, b_sum, b_mass = _step(
+                part, n_k + t, n_v + t, q_mine, ones, k_smem, v_smem, bias_smem, turn, k_full, k_empty, v_full, v_empty,
+                b_o, b_p, b_max, b_sum, b_mass, qk_scale, False, False, D, TILE, STAGES,
             )  # fmt: skip
-        for t in range(gl.maximum(clean, 1), tiles):
-            b_o, b_p, b_max, b_mass = _step(
-                n_k + t, n_v + t, q_mine, ones, k_smem, v_smem, bias_smem, k_full, k_empty, v_full, v_empty,
-                b_o, b_p, b_max, b_mass, qk_scale, True, D, TILE, STAGES,
+        start = gl.maximum(clean, 1)
+        rest = 0
+        for f in range(F):
+            if f > 0:
+                lanes_f = _read(work_smem, slot * (F + 1) + f + 1, LANES)
+                end += lanes_f // TILE
+                rest += lanes_f % TILE
+            for t in range(start, end):
+                b_o, b_p, b_max, b_sum, b_mass = _step(
+                    part, n_k + t, n_v + t, q_mine, ones, k_smem, v_smem, bias_smem, turn, k_full, k_empty, v_full,
+                    v_empty, b_o, b_p, b_max, b_sum, b_mass, qk_scale, True, False, D, TILE, STAGES,
+                )  # fmt: skip
+            start = gl.maximum(start, end)
+            # the sum is that of the factor at hand; masses stand in the columns of their factors
+            b_mass += gl.where((o_f == f)[None, :], gl.sum(b_sum, 1)[:, None], 0.0)
+            b_sum = gl.zeros([64, 8], gl.float32, FEW)
+        tiles = end + (rest + TILE - 1) // TILE
+        for t in range(end, tiles):
+            b_o, b_p, b_max, b_sum, b_mass = _step(
+                part, n_k + t, n_v + t, q_mine, ones, k_smem, v_smem, bias_smem, turn, k_full, k_empty, v_full, v_empty,
+                b_o, b_p, b_max, b_sum, b_mass, qk_scale, True, True, D, TILE, STAGES,
             )  # fmt: skip
         n_k += tiles
         n_v += tiles
@@ -517,13 +552,14 @@ def _compute(
         mbarrier.wait(v_full.index(stage), ((n_v - 1) // STAGES) & 1)
         fence_async_shared()
         b_w = _unpack(b_p, dtype, gl.DotOperandLayout(0, OUT, 2))
-        b_o, b_mass = _add(b_o, b_mass, b_w, v_smem.index(stage), bias_smem.index((n_k - 1) % (STAGES + 2)))
-        b_o, b_mass, b_w = warpgroup_mma_wait(0, deps=(b_o, b_mass, b_w))
-        mbarrier.arrive(v_empty.index(stage), count=1)
+        b_o = warpgroup_mma(b_w, v_smem.index(stage), b_o, is_async=True)
         # a row that keeps nothing is 0; 0 / 0 of a row whose weights all vanish stays NaN, as in dense attention
-        is_kept = lanes[0] + pooled > 0
-        sum_mass = gl.where(is_kept, gl.sum(gl.where(o_c[None, :] >= 8, b_mass, 0.0), 1), 1.0)
+        sum_mass = gl.where(kept > 0, gl.sum(b_mass, 1), 1.0)
+        b_mass = b_mass / sum_mass[:, None]
+        b_o, b_w = warpgroup_mma_wait(0, deps=(b_o, b_w))
+        mbarrier.arrive(v_empty.index(stage), count=1)
         b_o = b_o / gl.convert_layout(sum_mass, gl.SliceLayout(1, OUT))[:, None]
+
         if VALUE_TILT:
             zero = gl.zeros([64, D], gl.float32, OUT)
             for f in gl.static_range(1, F):
@@ -533,7 +569,7 @@ def _compute(
                     fence_async_shared()
                     covariance = v_smem.index(stage).slice(0, D, dim=0)
                     b_t = warpgroup_mma(q_mine, covariance, zero, use_acc=False, is_async=True)
-                    share = gl.sum(gl.where(o_c[None, :] == f + 8, b_mass, 0.0), 1) / sum_mass * scale
+                    share = gl.sum(gl.where(o_f[None, :] == f, b_mass, 0.0), 1) * scale
                     if SIZED:
                         share = share * gl.load(sizes_ptr + i_bh * F + f)
                     share = gl.convert_layout(share, gl.SliceLayout(1, OUT))
@@ -578,8 +614,7 @@ def _attend_kernel(
     k_smem = gl.allocate_shared_memory(dtype, [STAGES, TILE, D], SWIZZLED)
     v_smem = gl.allocate_shared_memory(dtype, [STAGES, TILE, D], SWIZZLED)
     NARROW: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=32, element_bitwidth=16, rank=2)
-    # two more than of keys: the bias of a tile is read once more when its values are added
-    bias_smem = gl.allocate_shared_memory(dtype, [STAGES + 2, TILE, 16], NARROW)
+    bias_smem = gl.allocate_shared_memory(dtype, [STAGES, TILE, 16], NARROW)
     ones = gl.allocate_shared_memory(dtype, [64, 16], NARROW)
     ONES: gl.constexpr = gl.BlockedLayout([1, 8], [16, 2], [4, 1], [1, 0])
     channel = gl.arange(0, 16, gl.SliceLayout(0, ONES))[None, :]
@@ -591,7 +626,9 @@ def _attend_kernel(
     k_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     v_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    turn = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(2):
+        mbarrier.init(turn.index(i), count=1)
         mbarrier.init(q_full.index(i), count=129)  # a copy of each thread, and one for what is stored
         mbarrier.init(q_empty.index(i), count=PARTS)
     for i in gl.static_range(STAGES):
@@ -605,13 +642,13 @@ def _attend_kernel(
             (_compute, (
                 0,
                     o_ptr, sizes_ptr, query_rows_ptr, o_b, o_h, o_step, H, M, packed_cells, ragged, scale, qk_scale,
-                    q_smem, ones, k_smem, v_smem, bias_smem, work_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty,
+                    q_smem, ones, k_smem, v_smem, bias_smem, work_smem, turn, q_full, q_empty, k_full, k_empty, v_full, v_empty,
                     D, BLOCK_M, BLOCK_N, TILE, STAGES, F, VALUE_TILT, SIZED,
             )),
             (_compute, (
                 1,
                     o_ptr, sizes_ptr, query_rows_ptr, o_b, o_h, o_step, H, M, packed_cells, ragged, scale, qk_scale,
-                    q_smem, ones, k_smem, v_smem, bias_smem, work_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty,
+                    q_smem, ones, k_smem, v_smem, bias_smem, work_smem, turn, q_full, q_empty, k_full, k_empty, v_full, v_empty,
                     D, BLOCK_M, BLOCK_N, TILE, STAGES, F, VALUE_TILT, SIZED,
             )),
             (_fetch, (
