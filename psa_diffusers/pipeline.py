@@ -14,7 +14,6 @@ from typing import Any
 
 from torch import nn
 
-from psa_diffusers.models import cogvideox, wan  # noqa: F401 - importing a family registers it
 from psa_diffusers.models.processor import FamilyProcessor, PSAProcessor, Run, Site, resolve_preset
 from psa_diffusers.models.registry import Family, find_family, supported, unwrap
 from psa_diffusers.preset import PSAPreset, load_preset
@@ -171,7 +170,8 @@ def find_denoisers(pipe: Any) -> list[tuple[str, nn.Module, Family]]:
     found = [(name, part, family) for name, part, family in found if family is not None]
     if not found:
         parts = ", ".join(f"{name}: {type(part).__name__}" for name, part in modules) or "no modules"
-        raise TypeError(f"PSA knows no denoiser of this {type(pipe).__name__} ({parts}). {supported()}")
+        known = supported(part for _, part in modules)
+        raise TypeError(f"PSA knows no denoiser of this {type(pipe).__name__} ({parts}). {known}")
     return sorted(found, key=lambda entry: entry[0])
 
 
@@ -198,7 +198,7 @@ def _make_processors(denoiser: nn.Module, site: Site) -> list[tuple[nn.Module, F
             # replacing it would take its weights out of the state_dict
             logger.warning("PSA leaves %s dense: its processor %s has weights", layer, type(original).__name__)
             continue
-        if type(original) is not type(family.default_processor(attention)):
+        if type(original) is not type(family.default_processor(denoiser, layer, attention)):
             foreign.add(type(original).__name__)
         made.append((attention, family.processor(layer, original, site)))
     if foreign:

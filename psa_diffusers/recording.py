@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import json
 import logging
@@ -196,8 +197,9 @@ def tap_qkv(
             kind = type("Tap", (_Tap, family.processor), {})
             attentions = family.self_attentions(denoiser)
             for index, (layer, attention) in enumerate(attentions.items()):
-                tap = kind(layer, family.default_processor(attention), site)
+                tap = kind(layer, family.default_processor(denoiser, layer, attention), site)
                 tap.index, tap.count = index, len(attentions)
+                tap.make_default = functools.partial(family.default_processor, denoiser, layer)
                 hooks.append(attention.register_forward_pre_hook(tap.listen, with_kwargs=True))
         # compiled code would not see the hooks
         with torch.compiler.set_stance("force_eager"):
@@ -257,7 +259,7 @@ class _Tap:
         """Torch's forward pre-hook of the attention, with keyword arguments. Changes nothing."""
         clock = self.site.run.clock
         if self.site.run.is_wanted(clock.step, clock.num_steps, self.index, self.count):
-            self.original = self.site.family.default_processor(attn)
+            self.original = self.make_default(attn)
             named = inspect.signature(type(self).__call__).parameters  # diffusers drops what a processor does not name
             self(attn, *args, **{name: value for name, value in kwargs.items() if name in named})
 

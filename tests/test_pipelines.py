@@ -21,7 +21,7 @@ from tiny import CASES, TINY_PRESET
 from watch import Watch, expected_steps
 
 from psa_diffusers.models import cogvideox, wan
-from psa_diffusers.models.registry import families, family_of, find_family, register
+from psa_diffusers.models.registry import families, family_of, find_family, register_family
 from psa_diffusers.pipeline import disable_psa, enable_psa
 from psa_diffusers.preset import PSAPreset, load_section
 from psa_diffusers.report import psa_report
@@ -884,7 +884,7 @@ def test_a_family_is_found_by_class_name_through_subclasses_and_compilation():
 
 def test_a_denoiser_belongs_to_one_family():
     with pytest.raises(ValueError, match="WanTransformer3DModel already belongs to the family 'Wan'"):
-        register(families()[-1])
+        register_family(families()[-1])
 
 
 DIGESTS = cogvideox.UPSTREAM_DIGESTS | wan.UPSTREAM_DIGESTS
