@@ -37,6 +37,7 @@ class _Switch:
     processors: list[tuple[nn.Module, FamilyProcessor]] = field(default_factory=list)
     hooks: list[Any] = field(default_factory=list)
     subclass: type | None = None
+    call: Any = None
 
     @property
     def psa_recorders(self) -> list[Recorder]:
@@ -96,7 +97,8 @@ def enable_psa(
     for denoiser, site in sites:
         switch.hooks.append(denoiser.register_forward_pre_hook(site.before_forward, with_kwargs=True))
     setattr(pipe, SWITCH, switch)
-    switch.subclass = push_subclass(pipe, {"__call__": _call_with_clock(type(pipe))})
+    switch.call = _call_with_clock(type(pipe))
+    switch.subclass = push_subclass(pipe, {"__call__": switch.call})
     names = " and ".join(name for name, _, _ in found)
     logger.info(
         "%s, in %d self-attentions of %s, %d warm-up steps", title, len(switch.processors), names, resolved.warmup_steps
@@ -216,7 +218,7 @@ def _call_with_clock(cls: type) -> Any:
     @functools.wraps(cls.__call__)
     def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
         switch = getattr(self, SWITCH, None)
-        if switch is None:
+        if switch is None or switch.call is not __call__:
             return cls.__call__(self, *args, **kwargs)
         _check_processors(switch)
         switch.run.begin(self, fed_by_callback=takes_callback)

@@ -9,19 +9,22 @@ from __future__ import annotations
 import sys
 from typing import Any
 
+_NEEDED = "_psa_subclasses"  # attribute of a pipeline: those that are in use; a copy of the pipeline has its own
+
 
 def push_subclass(pipe: Any, methods: dict[str, Any]) -> type:
     """Make a pipeline an instance of a new subclass of its class, and return that.
 
     Args:
         pipe: The pipeline.
-        methods: What the subclass adds. They must pass calls through where their feature is off: a copy of the pipeline
-            may have the class without the feature, and `pop_subclass` may have to leave it in place.
+        methods: What the subclass adds. They must pass calls through where their feature is off: another pipeline may
+            have the class without the feature (`type(pipe).from_pipe`), and `pop_subclass` may leave it in place.
     """
     cls = type(pipe)
     names = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
-    subclass = type(cls.__name__, (cls,), {**names, **methods, "_psa_methods": methods, "_psa_needed": True})
+    subclass = type(cls.__name__, (cls,), {**names, **methods, "_psa_methods": methods})
     pipe.__class__ = subclass
+    setattr(pipe, _NEEDED, [*getattr(pipe, _NEEDED, ()), subclass])
     return subclass
 
 
@@ -31,8 +34,11 @@ def pop_subclass(pipe: Any, subclass: type) -> None:
     One that a later subclass covers waits. One in which somebody else has replaced a method since (cache-dit does that)
     stays, because their method would go with it.
     """
-    subclass._psa_needed = False
-    while not vars(type(pipe)).get("_psa_needed", True):
+    needed = [each for each in getattr(pipe, _NEEDED, ()) if each is not subclass]
+    setattr(pipe, _NEEDED, needed)
+    if not needed:
+        delattr(pipe, _NEEDED)
+    while type(pipe) not in needed and "_psa_methods" in vars(type(pipe)):
         top = vars(type(pipe))
         if any(top.get(name) is not method for name, method in top["_psa_methods"].items()):
             return

@@ -65,7 +65,7 @@ def test_the_python_examples_run_one_after_the_other(monkeypatch, tmp_path, caps
     # as many heads as the 5b model has: presets are found by the size of the denoiser
     big = functools.partial(tiny.cogvideox, heads=48)
     monkeypatch.setattr(diffusers, "CogVideoXPipeline", stand_in(diffusers.CogVideoXPipeline, big))
-    monkeypatch.setattr(lora, "_local_file", lambda source, name: lora_file(tmp_path, "cogvideox", width=48 * 16))
+    monkeypatch.setattr(lora, "_local_file", lambda *args: lora_file(tmp_path, "cogvideox", width=48 * 16, rank=64))
     names, seen = {}, []
     for code in blocks(ENGLISH, "python"):
         exec(compile(code, "README.md", "exec"), names)
