@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from psa_diffusers.models.processor import Run, Site
+from psa_diffusers.models.registry import Grid
 from psa_diffusers.pipeline import find_denoisers
 from psa_diffusers.preset import PSAPreset
 from psa_diffusers.ranges import check_ranges, in_ranges
@@ -269,7 +270,7 @@ class _Tap:
             run.left_out.append(reason)
             logger.warning("a recording leaves %s out: %s", self.layer, reason)
 
-    def sparse(self, q: Tensor, k: Tensor, v: Tensor, *, text_tokens: int = 0) -> Tensor:
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, text_tokens: int, grid: Grid) -> tuple[Tensor, None]:
         site, run = self.site, self.site.run
         call = Call(
             call=run.calls - 1,
@@ -280,14 +281,14 @@ class _Tap:
             layer=self.index,
             num_layers=self.count,
             forward=run.forwards[run.calls - 1, run.clock.step, site.name] - 1,
-            grid=site.grid,
+            grid=grid,
             text_tokens=text_tokens,
             text_first=site.family.text_first,
             scale=q.shape[-1] ** -0.5,
         )
         # autocast keeps norms in float32; attention would cast back as well
         run.sink(q.to(v.dtype), k.to(v.dtype), v, call)
-        return v  # of the right shape; what follows from it is thrown away
+        return v, None  # of the right shape; what follows from it is thrown away
 
 
 class _Writer:

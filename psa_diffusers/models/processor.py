@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from psa_diffusers.attention import psa_attention, unsupported_head_dim
-from psa_diffusers.models.registry import Family, attention_paths, find_family, supported, unwrap
+from psa_diffusers.models.registry import Family, Grid, attention_paths, find_family, supported, unwrap
 from psa_diffusers.preset import PSAPreset, list_presets, load_preset, preset_of_key
 from psa_diffusers.report import Recorder
 from psa_diffusers.warmup import WarmupScheduler
@@ -217,46 +217,73 @@ class FamilyProcessor:
         run = self.site.run
         if run.is_on:
             if run.recorder is not None:
-                self._note("dense", reason, 1.0, tokens)
+                self._note("dense", reason, 1.0, tokens, self.site.grid)
             if not run.clock.dense and self.preset.type != "dense":
                 run.say(reason, self.layer)
         return self.original(attn, *args, **kwargs)
 
-    def sparse(self, q: Tensor, k: Tensor, v: Tensor, *, text_tokens: int = 0) -> Tensor:
-        """Run pyramid sparse attention on ``[B, H, L, D]`` views."""
-        site, run = self.site, self.site.run
-        # autocast keeps norms in float32; dense attention would cast back as well
-        q, k = q.to(v.dtype), k.to(v.dtype)
-        place = {"grid": site.grid, "text_tokens": text_tokens, "text_first": site.family.text_first}
-        if run.recorder is None:
-            return psa_attention(q, k, v, self.preset, **place)
-        return self._sparse_noted(q, k, v, place)
+    def sparse(self, q: Tensor, k: Tensor, v: Tensor, *, text_tokens: int = 0, grid: Grid | None = None) -> Tensor:
+        """Run pyramid sparse attention.
 
-    def sparse_padded(self, q: Tensor, k: Tensor, v: Tensor, *, text_tokens: int) -> Tensor:
+        Args:
+            q: ``[B, H, L, D]`` view.
+            k: The same.
+            v: The same.
+            text_tokens: Tokens that are not on the grid, in front or behind as the family says.
+            grid: Where these tokens are on another grid than that of the denoiser's inputs.
+        """
+        grid = grid or self.site.grid
+        out, density = self.attend(q, k, v, text_tokens, grid)
+        if density is not None:
+            self._note("sparse", "", density, q.shape[2], grid)
+        return out
+
+    def sparse_padded(self, q: Tensor, k: Tensor, v: Tensor, *, text_tokens: int, text_lengths: Tensor) -> Tensor:
         """The same for sequences that end in padded text: every sample without its padding, which gets zeros.
 
         What becomes of padding does not matter: no token of a later layer reads it.
+
+        Args:
+            q: ``[B, H, L, D]`` view.
+            k: The same.
+            v: The same.
+            text_tokens: Tokens of text at the end, padding included.
+            text_lengths: How many of them are valid, ``[B]`` integers on the CPU.
         """
-        site = self.site
-        if torch.compiler.is_compiling() and site.run.recorder is None:
+        grid, densities = self.site.grid, []
+        if torch.compiler.is_compiling() and self.site.run.recorder is None:
             # one graph for texts of any length: what depends on the length stands inside the operator
             q, k = q.to(v.dtype), k.to(v.dtype)
-            return _padded_op(q, k, v, site.text_lengths, self.preset.key, list(site.grid), text_tokens)
+            return _padded_op(q, k, v, text_lengths, self.preset.key, list(grid), text_tokens)
 
         def attend(q: Tensor, k: Tensor, v: Tensor, text_tokens: int) -> Tensor:
-            return self.sparse(q, k, v, text_tokens=text_tokens)
+            out, density = self.attend(q, k, v, text_tokens, grid)
+            densities.append(density)
+            return out
 
-        return _without_padding(attend, q, k, v, site.text_lengths, text_tokens)
+        out = _without_padding(attend, q, k, v, text_lengths, text_tokens)
+        if densities[0] is not None:
+            tokens = q.shape[2] - text_tokens + int(text_lengths.max())
+            self._note("sparse", "", torch.stack(densities).mean(), tokens, grid)
+        return out
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, text_tokens: int, grid: Grid) -> tuple[Tensor, Tensor | None]:
+        """Return what attention gives, and its density if that is to be recorded."""
+        # autocast keeps norms in float32; dense attention would cast back as well
+        q, k = q.to(v.dtype), k.to(v.dtype)
+        place = {"grid": grid, "text_tokens": text_tokens, "text_first": self.site.family.text_first}
+        if self.site.run.recorder is None:
+            return psa_attention(q, k, v, self.preset, **place), None
+        return self._attend_measured(q, k, v, place)
 
     # what is recorded changes with every call: compiled, it would be compiled again and again
     @torch.compiler.disable
-    def _sparse_noted(self, q: Tensor, k: Tensor, v: Tensor, place: dict[str, Any]) -> Tensor:
+    def _attend_measured(self, q: Tensor, k: Tensor, v: Tensor, place: dict[str, Any]) -> tuple[Tensor, Tensor]:
         out, schedule = psa_attention(q, k, v, self.preset, **place, return_schedule=True)
-        self._note("sparse", "", schedule.density(), q.shape[2])
-        return out
+        return out, schedule.density()
 
     @torch.compiler.disable
-    def _note(self, kind: str, reason: str, density: float | Tensor, tokens: int) -> None:
+    def _note(self, kind: str, reason: str, density: float | Tensor, tokens: int, grid: Grid | None) -> None:
         site = self.site
         site.run.recorder.note(
             step=site.run.clock.step,
@@ -266,7 +293,7 @@ class FamilyProcessor:
             reason=reason,
             density=density,
             tokens=tokens,
-            grid=site.grid,
+            grid=grid,
         )
 
 
