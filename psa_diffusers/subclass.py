@@ -9,6 +9,30 @@ from __future__ import annotations
 import sys
 from typing import Any
 
+
+class _Forwarding(type):
+    """Class of these subclasses. Who put something into the class below before us takes it back through us.
+
+    cache-dit does that: it writes to `type(pipe)`, whichever class that is by then.
+    """
+
+    def __setattr__(cls, name: str, value: Any) -> None:
+        below = cls.__base__
+        is_taken_back = name in vars(below) and any(
+            value is saved for key, saved in vars(below).items() if key not in (name, "__wrapped__")
+        )
+        if is_taken_back:
+            setattr(below, name, value)
+        else:
+            super().__setattr__(name, value)
+
+    def __delattr__(cls, name: str) -> None:
+        if name in vars(cls):
+            super().__delattr__(name)
+        else:
+            delattr(cls.__base__, name)
+
+
 _NEEDED = "_psa_subclasses"  # attribute of a pipeline: those that are in use; a copy of the pipeline has its own
 
 
@@ -22,7 +46,8 @@ def push_subclass(pipe: Any, methods: dict[str, Any]) -> type:
     """
     cls = type(pipe)
     names = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
-    subclass = type(cls.__name__, (cls,), {**names, **methods, "_psa_methods": methods})
+    metaclass = _Forwarding if type(cls) in (type, _Forwarding) else type(cls)
+    subclass = metaclass(cls.__name__, (cls,), {**names, **methods, "_psa_methods": methods})
     pipe.__class__ = subclass
     setattr(pipe, _NEEDED, [*getattr(pipe, _NEEDED, ()), subclass])
     return subclass

@@ -8,6 +8,7 @@ import inspect
 import json
 import logging
 import weakref
+from collections import Counter
 from types import SimpleNamespace
 
 import diffusers
@@ -327,16 +328,29 @@ def test_fused_projections_give_the_same_to_rounding(name, watch, monkeypatch):
     assert watch.steps() == expected_steps(4, 0, calls_a_step(name))
 
 
-def test_fusing_projections_while_enabled_is_noticed(caplog):
+def test_fusing_projections_while_enabled_stays_sparse(watch):
     pipe = build("cogvideox")
+    watch.denoisers(pipe)
     dense = CASES["cogvideox"].run(pipe, steps=1)
     enable(pipe)
+    watch.clear()
+    for change in (pipe.transformer.fuse_qkv_projections, pipe.transformer.unfuse_qkv_projections) * 2:
+        change()  # diffusers sets processors of its own
+        CASES["cogvideox"].run(pipe, steps=1)
+    assert watch.steps() == [Counter(sparse=4 * LAYERS)]
     pipe.transformer.fuse_qkv_projections()
-    CASES["cogvideox"].run(pipe, steps=1)
-    assert "2 of 2 PSA processors have been replaced" in caplog.text
     disable_psa(pipe)
+    assert torch.equal(CASES["cogvideox"].run(pipe, steps=1), dense)
     pipe.transformer.unfuse_qkv_projections()  # brings our processors back: they only forward now
     assert torch.equal(CASES["cogvideox"].run(pipe, steps=1), dense)
+
+
+def test_processors_replaced_while_enabled_are_noticed(caplog):
+    pipe = enable(build("cogvideox"))
+    attention = pipe.transformer.transformer_blocks[0].attn1
+    attention.set_processor(type(attention.processor.original)())
+    CASES["cogvideox"].run(pipe, steps=1)
+    assert "1 PSA processors have been replaced" in caplog.text
 
 
 @one_of_each

@@ -185,6 +185,8 @@ class FamilyProcessor:
             return "the preset is dense" if run.preset.type == "dense" else "the preset is dense here"
         if run.clock.dense:
             return run.clock.reason
+        if _scores_are_skipped(attn):
+            return "perturbed attention guidance replaces its attention"
         if attention_mask is not None:
             return "an attention mask is in use"
         if getattr(self.original, "_parallel_config", None) is not None:
@@ -328,6 +330,12 @@ def _(q, k, v, text_lengths, preset_key, grid, text_tokens):
     return q.new_empty(q.shape)
 
 
+def _scores_are_skipped(attn: nn.Module) -> bool:
+    """Return whether a hook of diffusers has torch's attention return the values, which only the original calls."""
+    hooks = getattr(getattr(attn, "_diffusers_hook", None), "hooks", None) or {}
+    return any(getattr(hook, "skip_attention_scores", False) for hook in hooks.values())
+
+
 def resolve_preset(
     preset: str | PSAPreset | None,
     config: str | Path | None,
@@ -455,7 +463,11 @@ class PSAProcessor:
             original = family.default_processor(denoiser, path, part)
             self._processors[part] = family.processor(path, original, site) if path in sparse else original
 
+        home = weakref.ref(denoiser)
+
         def before_forward(denoiser: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+            if home() is not denoiser:
+                return  # a deep copy has our hook, but processors of its own
             if any(part.processor is self for part in ours):
                 site.before_forward(denoiser, args, kwargs)
                 return
