@@ -165,7 +165,7 @@ class CogVideoX:
 
     def coefficients(self, pipe: Any, timesteps: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
         """What clean latents and noise are multiplied by at each timestep ``[B]``."""
-        alphas = pipe.scheduler.alphas_cumprod.to(like.device)[timesteps].view(-1, *[1] * (like.ndim - 1))
+        alphas = pipe.scheduler.alphas_cumprod.to(like.device, like.dtype)[timesteps].view(-1, *[1] * (like.ndim - 1))
         return alphas.sqrt(), (1 - alphas).sqrt()
 
     def text(self, text_encoder: nn.Module, ids: Tensor) -> Tensor:

@@ -237,13 +237,13 @@ def render(packed: dict[str, torch.Tensor], *, frames: int, size: int) -> torch.
         shape, x0, y0, x1, y1, radius = (things[:, slot, k, None] for k in range(6))
         x = (pixel - (x0 + (x1 - x0) * time)[..., None]) / radius[..., None]  # [B, frames, size], in radii
         y = (pixel - (y0 + (y1 - y0) * time)[..., None]) / radius[..., None]
-        outside = _distance(shape[..., None, None], x[:, :, None, :], y[:, :, :, None]) * radius[..., None, None] * size
+        outside = distance(shape[..., None, None], x[:, :, None, :], y[:, :, :, None]) * radius[..., None, None] * size
         cover = (0.5 - outside).clamp(0, 1) * (shape >= 0)[..., None, None]  # [B, frames, size, size]
         video = torch.lerp(video, things[:, slot, 6:, None, None, None], cover[:, None])
     return video * 2 - 1
 
 
-def _distance(shape, x, y):
+def distance(shape, x, y):
     """Signed distance to the edge of each clip's shape, in radii, negative inside."""
     round_ = (x.square() + y.square()).sqrt()
     square = torch.maximum(x.abs(), y.abs()) - 0.88
