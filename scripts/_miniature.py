@@ -37,7 +37,7 @@ class Size:
     latents: int = 8
     pixels: int = 128
     frames: int = 49
-    stages: tuple[tuple[float, int, int], ...] = ((0.5, 64, 128), (0.5, 128, 32))
+    stages: tuple[tuple[float, int, int], ...] = ((0.5, 64, 48), (0.5, 128, 16))
     vae_clips: int = 8
     learning_rate: float = 1e-3
 

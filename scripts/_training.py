@@ -13,10 +13,12 @@ class Clock:
     The time counts steps only, so that a run that was interrupted goes on with what is left.
     """
 
-    def __init__(self, job, part, minutes):
+    def __init__(self, job, part, minutes, *, max_steps=None):
         self.job, self.part, self.budget = job, part, minutes * 60
         before = job.state.get(part, {})
         self.step, self.spent = before.get("step", 0), before.get("seconds", 0.0)
+        self.limit = job.args.max_steps if max_steps is None else max_steps
+        self.by_steps = max_steps is not None
         self.progress = 0.0
         self._sum, self._count = None, 0
 
@@ -37,8 +39,9 @@ class Clock:
         while True:
             self.spent = time.monotonic() - began
             self.progress = self._agreed(self.spent / self.budget if self.budget else 1.0)
-            limit = self.job.args.max_steps
-            over = self.progress >= 1 or (limit is not None and self.step >= limit)
+            if self.by_steps:
+                self.progress = self.step / max(self.limit, 1)
+            over = self.progress >= 1 or (self.limit is not None and self.step >= self.limit)
             now = time.monotonic()
             if self._count and (over or now - told >= self.job.args.log_every or self._count >= 200):
                 self._write(told, told_step, say=over or now - told >= self.job.args.log_every)
@@ -115,8 +118,9 @@ class MasterWeights:
     def step(self, rate):
         """Use the gradients of the model's weights, and clear them."""
         set_rate(self.optimizer, rate)
-        for master, weight in zip(self.masters, self.weights, strict=True):
-            master.grad.copy_(weight.grad) if weight.grad is not None else master.grad.zero_()
+        grads = [torch.zeros_like(weight) if weight.grad is None else weight.grad for weight in self.weights]
+        torch._foreach_copy_([master.grad for master in self.masters], grads)
+        for weight in self.weights:
             weight.grad = None
         torch.nn.utils.clip_grad_norm_(self.masters, 1.0, foreach=True)
         self.optimizer.step()

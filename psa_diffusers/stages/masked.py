@@ -12,7 +12,7 @@ from psa_diffusers.layout import Layout
 from psa_diffusers.stages.pyramid import Pyramid
 from psa_diffusers.stages.schedule import Schedule
 
-MASK_BYTES = 2**31  # largest mask; beyond it `attend` loops
+MASK_BYTES = 2**32  # largest mask; beyond it `attend` loops
 _ALIGNED = 16  # cells: memory-efficient SDPA copies masks of other widths
 
 
