@@ -193,6 +193,10 @@ def picture(height: int, width: int) -> Image.Image:
     return Image.linear_gradient("L").convert("RGB").resize((width, height))
 
 
+def _picture(height: int, width: int, frames: int) -> dict[str, Any]:
+    return {"image": picture(height, width)}
+
+
 def _wan_image(height: int, width: int, frames: int) -> dict[str, Any]:
     # upstream takes the last 512 context tokens for text when there are image tokens
     return {"image": picture(height, width), "max_sequence_length": 512}
@@ -231,7 +235,7 @@ def letters(prompt: str) -> int:
 def hunyuan_video_transformer(*, heads: int = 2, layers: int = 1, seed: int = 0, **kwargs: Any) -> Any:
     return seeded(
         diffusers.HunyuanVideoTransformer3DModel,
-        in_channels=4,
+        in_channels=kwargs.pop("in_channels", 4),
         out_channels=4,
         num_attention_heads=heads,
         attention_head_dim=16,
@@ -279,12 +283,53 @@ def hunyuan_video(
 
 def hunyuan_video_embeds(asked: dict[str, Any]) -> dict[str, Any]:
     """Embeddings instead of prompts; guidance by a second pass."""
-    given = {"true_cfg_scale": asked["guidance_scale"], "guidance_scale": 6.0, "prompt": DROP}
+    given = {"true_cfg_scale": asked["guidance_scale"], "guidance_scale": 1.0, "prompt": DROP}
     for prefix, prompts in (("", asked["prompt"]), ("negative_", asked["negative_prompt"])):
         embeds, mask = embedded(prompts, 16)
         given |= {f"{prefix}prompt_embeds": embeds, f"{prefix}prompt_attention_mask": mask}
         given[f"{prefix}pooled_prompt_embeds"] = embeds[:, 0, :8]
     return {**given, "negative_prompt": DROP}
+
+
+# LTX-Video
+
+
+def ltx(pipeline: str = "LTXPipeline", **transformer: Any) -> Any:
+    return _quiet(
+        getattr(diffusers, pipeline)(
+            tokenizer=tokenizer(),
+            text_encoder=text_encoder(),
+            vae=seeded(
+                diffusers.AutoencoderKLLTXVideo,
+                latent_channels=8,
+                block_out_channels=(8, 8, 8, 8),
+                decoder_block_out_channels=(8, 8, 8, 8),
+                layers_per_block=(1,) * 5,
+                decoder_layers_per_block=(1,) * 5,
+            ),
+            transformer=seeded(
+                diffusers.LTXVideoTransformer3DModel,
+                **{
+                    "in_channels": 8,
+                    "out_channels": 8,
+                    "num_attention_heads": 2,
+                    "attention_head_dim": 16,
+                    "cross_attention_dim": 32,
+                    "num_layers": 2,
+                    "caption_channels": 32,
+                    **transformer,
+                },
+            ),
+            scheduler=FlowMatchEulerDiscreteScheduler(),
+        )
+    )
+
+
+def _ltx_keyframe(height: int, width: int, frames: int) -> dict[str, Any]:
+    """A frame to begin with, in its place in the grid, and one for later, as tokens in front of the grid."""
+    from diffusers.pipelines.ltx.pipeline_ltx_condition import LTXVideoCondition
+
+    return {"conditions": [LTXVideoCondition(image=picture(height, width), frame_index=index) for index in (0, 8)]}
 
 
 # what there is
@@ -307,6 +352,7 @@ class Case:
         passes: Forwards of the denoiser in a step with guidance.
         text: Text tokens in the sequence of a self-attention, of any prompt.
         padded: Whether as many tokens as the prompt has letters come on top.
+        context_frames: Frames of other tokens (keyframes, history) that come on top.
         grid: Its token grid for the default inputs.
         extra: Inputs beyond those that all take, given height, width and frames in pixels.
         translate: Changes of the inputs that all take, given these.
@@ -324,6 +370,7 @@ class Case:
     passes: int = 1
     text: int = 0
     padded: bool = False
+    context_frames: int = 0
     grid: tuple[int, int, int] = GRID
     extra: Callable[[int, int, int], dict[str, Any]] = lambda height, width, frames: {}
     translate: Callable[[dict[str, Any]], dict[str, Any]] = lambda asked: {}
@@ -332,9 +379,11 @@ class Case:
     token_pixels: int = 16
     several: bool = True
 
-    def text_of(self, prompt: str = "a cat walks") -> int:
-        """Text tokens that self-attention reads."""
-        return self.text + (letters(prompt) if self.padded else 0)
+    def tokens(self, prompt: str = "a cat walks", grid: tuple[int, int, int] | None = None) -> int:
+        """Tokens that self-attention reads."""
+        frames, height, width = grid or self.grid
+        text = self.text + (letters(prompt) if self.padded else 0)
+        return (frames + self.context_frames) * height * width + text
 
     def inputs(
         self,
@@ -381,6 +430,12 @@ HUNYUAN_VIDEO = {
     "padded": True,
     "translate": hunyuan_video_embeds,
 }
+LTX = {
+    "family": "LTX-Video",
+    "attentions": r"transformer_blocks\.\d+\.attn1",
+    "frames_per_latent": 8,
+    "token_pixels": 32,
+}
 _BASIC = {
     "cogvideox": Case(pipeline="CogVideoXPipeline", build=cogvideox, **COGVIDEOX),
     "cogvideox-sincos": Case(
@@ -420,6 +475,37 @@ _BASIC = {
 }
 _MORE = {
     "hunyuan-video": Case(pipeline="HunyuanVideoPipeline", build=hunyuan_video, **HUNYUAN_VIDEO),
+    "hunyuan-video-i2v": Case(
+        pipeline="HunyuanVideoImageToVideoPipeline",
+        build=lambda **kw: hunyuan_video(
+            "HunyuanVideoImageToVideoPipeline", {"image_processor": None}, image_condition_type="token_replace", **kw
+        ),
+        extra=_picture,
+        several=False,
+        **HUNYUAN_VIDEO,
+    ),
+    "hunyuan-skyreels-i2v": Case(
+        pipeline="HunyuanSkyreelsImageToVideoPipeline",
+        build=lambda **kw: hunyuan_video("HunyuanSkyreelsImageToVideoPipeline", in_channels=8, **kw),
+        extra=_picture,
+        several=False,
+        **HUNYUAN_VIDEO,
+    ),
+    "ltx": Case(pipeline="LTXPipeline", build=ltx, **LTX),
+    "ltx-i2v": Case(
+        pipeline="LTXImageToVideoPipeline",
+        build=lambda **kw: ltx("LTXImageToVideoPipeline", **kw),
+        extra=_picture,
+        **LTX,
+    ),
+    "ltx-condition": Case(
+        pipeline="LTXConditionPipeline",
+        build=lambda **kw: ltx("LTXConditionPipeline", **kw),
+        extra=_ltx_keyframe,
+        context_frames=1,
+        several=False,
+        **LTX,
+    ),
 }
 
 

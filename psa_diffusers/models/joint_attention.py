@@ -107,4 +107,4 @@ def count_valid(masks: Tensor) -> Tensor | None:
 
 def read_mask(config: Any, inputs: Mapping[str, Any]) -> Tensor | None:
     """Valid text tokens, where the denoiser takes any mask for one of so many tokens in front."""
-    return inputs["encoder_attention_mask"].sum(1).int().cpu()
+    return inputs["encoder_attention_mask"].sum(1, dtype=torch.int).cpu()
