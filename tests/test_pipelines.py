@@ -757,7 +757,7 @@ def test_enabling_logs_one_line(caplog):
         enable_psa(build("cogvideox"), warmup_steps=3)
     (record,) = [record for record in caplog.records if record.levelno == logging.INFO]
     assert record.message == (
-        "PSA preset 'psa_balanced' of section demo, in 2 self-attentions of transformer, 3 warm-up steps"
+        "PSA preset 'psa_cover' of section demo, in 2 self-attentions of transformer, 3 warm-up steps"
     )
 
 
