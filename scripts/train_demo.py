@@ -227,12 +227,16 @@ class Job:
         import torch
         from _training import cast
 
+        from psa_diffusers.demo import write_hashes
+
         if not self.accelerator.is_main_process:
             return
         self.masters.load_average()
-        for name in ("vae", "transformer", "text_encoder"):
-            cast(getattr(self.pipe, name), torch.float16).cpu()
+        # the text encoder is small, and transformers would load it in the precision of its file
+        for name, dtype in (("vae", torch.float16), ("transformer", torch.float16), ("text_encoder", torch.float32)):
+            cast(getattr(self.pipe, name), dtype).cpu()
         self.pipe.save_pretrained(self.args.output / "pipeline")
+        write_hashes(self.args.output / "pipeline")
         record = {
             "family": self.args.family,
             "preset": self.args.preset,

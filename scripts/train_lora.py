@@ -235,6 +235,8 @@ class Distillation:
         from diffusers import CogVideoXPipeline
         from peft import get_peft_model_state_dict
 
+        from psa_diffusers.demo import write_hashes
+
         with torch.no_grad():
             current = [weight.detach().clone() for weight in masters.weights]
             torch._foreach_copy_(masters.weights, masters.average.shadow_params)
@@ -244,6 +246,7 @@ class Distillation:
             }
             torch._foreach_copy_(masters.weights, current)
         CogVideoXPipeline.save_lora_weights(self.args.output / name, transformer_lora_layers=layers)
+        write_hashes(self.args.output / name)
 
 
 if __name__ == "__main__":
