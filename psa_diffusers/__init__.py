@@ -10,7 +10,7 @@ docs/concept.md says what is computed.
 
 from psa_diffusers.attention import assign_levels, psa_attention, pyramid_attention
 from psa_diffusers.calibration import calibrate
-from psa_diffusers.lora import load_psa_lora
+from psa_diffusers.lora import load_psa_lora, unload_psa_lora
 from psa_diffusers.models.processor import PSAProcessor
 from psa_diffusers.pipeline import disable_psa, enable_psa
 from psa_diffusers.preset import PSAPreset, list_presets, load_preset
@@ -33,4 +33,5 @@ __all__ = [
     "psa_report",
     "pyramid_attention",
     "record_qkv",
+    "unload_psa_lora",
 ]

@@ -1,13 +1,16 @@
-"""The demo model: a small CogVideoX pipeline that needs no network, for `--model demo`, tests and first steps.
+"""The demo models: small CogVideoX and Wan pipelines that need no network, for `--model demo`, tests and first steps.
 
-Its weights are random for now; a folder of trained ones takes their place without a change of code. Random weights make
-no pictures, but these are drawn so that the model behaves like a trained one where it matters for attention: a token
-attends to its neighbours in space and time and to what resembles it, so the softmax is peaked. What grows out of the
-noise are coloured patches that move.
+The trained ones are in `weights/`, with a card that says what they are; what they know is in docs/miniature.md. Where
+they were left out of an installation, a CogVideoX of random weights stands in. Those make no pictures, but they are
+drawn so that the model behaves like a trained one where it matters for attention: a token attends to its neighbours in
+space and time and to what resembles it, so the softmax is peaked. What grows out of the noise are coloured patches that
+move.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,14 +19,26 @@ import torch
 from torch import nn
 
 if TYPE_CHECKING:
-    from diffusers import CogVideoXPipeline
+    from diffusers import CogVideoXPipeline, WanPipeline
     from transformers import PreTrainedTokenizerFast
 
-__all__ = ["TRAINED_WEIGHTS", "build_demo_pipeline", "has_trained_weights"]
+__all__ = [
+    "FAMILIES",
+    "WEIGHTS",
+    "build_demo_pipeline",
+    "check_hashes",
+    "demo_lora",
+    "has_trained_weights",
+    "write_hashes",
+]
 
-TRAINED_WEIGHTS = Path(__file__).parent / "weights" / "demo"
-"""Where trained weights of the demo model stand once there are some: a folder as `save_pretrained` writes it."""
+WEIGHTS = Path(__file__).parent / "weights"
+"""Where the trained weights stand: one folder a family as `save_pretrained` writes it, and the LoRA for four steps."""
 
+FAMILIES = {"cogvideox": "CogVideoXPipeline", "wan": "WanPipeline"}
+"""The demo models and their pipeline classes."""
+
+HASHES = "hashes.json"
 TEXT_TOKENS = 64
 HEADS, HEAD_DIM, LAYERS = 2, 64, 4
 LATENT_CHANNELS = 8
@@ -34,45 +49,109 @@ PEAK = 20.0
 """Largest logit, that of a token which attends to itself."""
 
 
-def has_trained_weights(folder: str | Path | None = None) -> bool:
+def has_trained_weights(folder: str | Path | None = None, *, family: str = "cogvideox") -> bool:
     """Tell whether `build_demo_pipeline` would load trained weights."""
-    return ((TRAINED_WEIGHTS if folder is None else Path(folder)) / "model_index.json").is_file()
+    return ((WEIGHTS / family if folder is None else Path(folder)) / "model_index.json").is_file()
 
 
-def build_demo_pipeline(folder: str | Path | None = None, *, seed: int = 0) -> CogVideoXPipeline:
-    """Make the demo pipeline: trained weights if there are some, random ones from a seed otherwise.
+def build_demo_pipeline(
+    folder: str | Path | None = None, *, family: str = "cogvideox", seed: int = 0
+) -> CogVideoXPipeline | WanPipeline:
+    """Make a demo pipeline: trained weights if there are some, random ones from a seed otherwise.
 
-    The global random generator is left as it was.
+    The global random generator is left as it was. Nothing is fetched.
 
     Args:
-        folder: Folder of a saved pipeline to load. None takes `TRAINED_WEIGHTS` if it exists.
+        folder: Folder of a saved pipeline to load. None takes that of the family in `WEIGHTS`, if it is there.
+        family: `cogvideox` or `wan`.
         seed: Seed of the random weights.
 
     Returns:
-        The pipeline, float32, on the CPU. A token covers 8 x 8 pixels and 4 frames, so the default video of
-        49 x 192 x 320 makes 13 x 24 x 40 = 12,480 video tokens.
+        The pipeline, float32, on the CPU. A token covers 8 x 8 pixels and 4 frames: the 49 x 128 x 128 of the trained
+        models make 13 x 16 x 16 = 3,328 video tokens, the 49 x 192 x 320 of the random one 12,480.
 
     Raises:
-        FileNotFoundError: If `folder` holds no pipeline.
+        FileNotFoundError: If `folder` holds no pipeline, or the family has no weights.
+        ValueError: If there is no such family, or a file is not the one that was saved.
     """
-    if folder is not None and not has_trained_weights(folder):
+    if family not in FAMILIES:
+        raise ValueError(f"family must be one of {', '.join(FAMILIES)}, got {family!r}")
+    trained = has_trained_weights(folder, family=family)
+    place = WEIGHTS / family if folder is None else Path(folder)
+    if not trained and (folder is not None or family != "cogvideox"):
         raise FileNotFoundError(
-            f"no pipeline in {folder}: expected a folder that save_pretrained wrote, with model_index.json"
+            f"no pipeline in {place}: expected a folder that save_pretrained wrote, with model_index.json"
         )
-    from diffusers import CogVideoXDDIMScheduler, CogVideoXPipeline
+    import diffusers
 
-    if has_trained_weights(folder):
-        return CogVideoXPipeline.from_pretrained(folder or TRAINED_WEIGHTS)
+    if trained:
+        check_hashes(place)
+        # the new name is ignored before 0.41, the old one warned about since
+        version = tuple(int(part) for part in diffusers.__version__.split(".")[:2])
+        dtype = {"dtype" if version >= (0, 41) else "torch_dtype": torch.float32}
+        return diffusers.DiffusionPipeline.from_pretrained(place, local_files_only=True, **dtype)
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(seed)
         transformer, vae, text_encoder = _transformer(), _vae(), _text_encoder()
     # it predicts the clean video; trailing steps and a terminal SNR of zero, as CogVideoX has them
-    scheduler = CogVideoXDDIMScheduler(
+    scheduler = diffusers.CogVideoXDDIMScheduler(
         prediction_type="sample", timestep_spacing="trailing", rescale_betas_zero_snr=True, snr_shift_scale=1.0
     )
-    return CogVideoXPipeline(
+    return diffusers.CogVideoXPipeline(
         tokenizer=_tokenizer(), text_encoder=text_encoder, vae=vae, transformer=transformer, scheduler=scheduler
     )
+
+
+def demo_lora(name: str = "psa") -> Path:
+    """Return the file of the demo model's LoRA for four steps, checked.
+
+    Args:
+        name: `psa`, trained with pyramid sparse attention, or `dense`, the control.
+
+    Raises:
+        FileNotFoundError: If the installation has none.
+        ValueError: If the file is not the one that was saved.
+    """
+    folder = WEIGHTS / "cogvideox_lora" / name
+    file = folder / "pytorch_lora_weights.safetensors"
+    if not file.is_file():
+        raise FileNotFoundError(f"no LoRA in {folder}: expected {file.name}")
+    check_hashes(folder)
+    return file
+
+
+def write_hashes(folder: str | Path) -> None:
+    """Write the SHA-256 of every file below a folder into its `hashes.json`."""
+    folder = Path(folder)
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / HASHES)
+    digests = {path.relative_to(folder).as_posix(): _digest(path) for path in files}
+    (folder / HASHES).write_text(json.dumps(digests, indent=2) + "\n", encoding="utf-8")
+
+
+def check_hashes(folder: str | Path) -> None:
+    """Compare the files below a folder with its `hashes.json`. A folder without one is not checked.
+
+    Raises:
+        FileNotFoundError: If a file is missing.
+        ValueError: If a file has other contents.
+    """
+    folder = Path(folder)
+    if not (folder / HASHES).is_file():
+        return
+    for name, expected in json.loads((folder / HASHES).read_text(encoding="utf-8")).items():
+        path = folder / name
+        if not path.is_file():
+            raise FileNotFoundError(f"{path} is missing, though {HASHES} names it: install the package again")
+        if (got := _digest(path)) != expected:
+            raise ValueError(
+                f"{path} is damaged or was changed: expected SHA-256 {expected[:12]}..., got {got[:12]}... Install the "
+                f"package again; if the change is meant, write_hashes({str(folder)!r}) accepts it"
+            )
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _tokenizer() -> PreTrainedTokenizerFast:

@@ -75,9 +75,10 @@ def load_pipeline(config: ModelConfig, *, device: str, lora: LoraSource | None =
         lora: LoRA to load in place of the entry's own.
     """
     if config.source is None:
-        from psa_diffusers.demo import build_demo_pipeline
+        from psa_diffusers.demo import FAMILIES, build_demo_pipeline
 
-        pipe = build_demo_pipeline()
+        family = {pipeline: family for family, pipeline in FAMILIES.items()}.get(config.pipeline, "cogvideox")
+        pipe = build_demo_pipeline(family=family)
     else:
         import diffusers
 
@@ -99,7 +100,12 @@ def load_pipeline(config: ModelConfig, *, device: str, lora: LoraSource | None =
         pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, **{key: config.flow_shift})
     lora = lora or config.lora
     if lora is not None:
-        load_psa_lora(pipe, lora.source, weight_name=lora.weight_name, scale=lora.scale)
+        source = lora.source
+        if source == "demo":
+            from psa_diffusers.demo import demo_lora
+
+            source = demo_lora()
+        load_psa_lora(pipe, source, weight_name=lora.weight_name, scale=lora.scale)
     if config.vae_tiling and hasattr(pipe, "vae"):
         pipe.vae.enable_tiling()
     if config.vae_slicing and hasattr(pipe, "vae"):

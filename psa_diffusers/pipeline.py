@@ -14,7 +14,6 @@ from typing import Any
 
 from torch import nn
 
-from psa_diffusers.models import cogvideox, wan  # noqa: F401 - importing a family registers it
 from psa_diffusers.models.processor import FamilyProcessor, PSAProcessor, Run, Site, resolve_preset
 from psa_diffusers.models.registry import Family, find_family, supported, unwrap
 from psa_diffusers.preset import PSAPreset, load_preset
@@ -35,9 +34,11 @@ class _Switch:
 
     run: Run
     arguments: dict[str, Any]
+    sites: list[tuple[nn.Module, Site]]
     processors: list[tuple[nn.Module, FamilyProcessor]] = field(default_factory=list)
     hooks: list[Any] = field(default_factory=list)
     subclass: type | None = None
+    call: Any = None
 
     @property
     def psa_recorders(self) -> list[Recorder]:
@@ -86,18 +87,21 @@ def enable_psa(
     else:
         resolved, title = resolve_preset(preset, config, overrides, family=family, denoiser=denoiser, pipe=pipe)
     run = Run(resolved, title, report=report)
-    switch = _Switch(run, {"preset": preset, "config": config, "report": report, **overrides})
     sites = [(denoiser, Site(name, denoiser, family, run)) for name, denoiser, family in found]
+    switch = _Switch(run, {"preset": preset, "config": config, "report": report, **overrides}, sites)
     for denoiser, site in sites:
         switch.processors += _make_processors(denoiser, site)
 
     # nothing above changes anything, nothing below can fail
+    _register_for_guiders(switch.processors)
     for attention, processor in switch.processors:
         attention.processor = processor
     for denoiser, site in sites:
+        switch.hooks.append(denoiser.register_forward_pre_hook(_refuse_impossible, with_kwargs=True))
         switch.hooks.append(denoiser.register_forward_pre_hook(site.before_forward, with_kwargs=True))
     setattr(pipe, SWITCH, switch)
-    switch.subclass = push_subclass(pipe, {"__call__": _call_with_clock(type(pipe))})
+    switch.call = _call_with_clock(type(pipe))
+    switch.subclass = push_subclass(pipe, {"__call__": switch.call})
     names = " and ".join(name for name, _, _ in found)
     logger.info(
         "%s, in %d self-attentions of %s, %d warm-up steps", title, len(switch.processors), names, resolved.warmup_steps
@@ -171,7 +175,8 @@ def find_denoisers(pipe: Any) -> list[tuple[str, nn.Module, Family]]:
     found = [(name, part, family) for name, part, family in found if family is not None]
     if not found:
         parts = ", ".join(f"{name}: {type(part).__name__}" for name, part in modules) or "no modules"
-        raise TypeError(f"PSA knows no denoiser of this {type(pipe).__name__} ({parts}). {supported()}")
+        known = supported(part for _, part in modules)
+        raise TypeError(f"PSA knows no denoiser of this {type(pipe).__name__} ({parts}). {known}")
     return sorted(found, key=lambda entry: entry[0])
 
 
@@ -198,7 +203,7 @@ def _make_processors(denoiser: nn.Module, site: Site) -> list[tuple[nn.Module, F
             # replacing it would take its weights out of the state_dict
             logger.warning("PSA leaves %s dense: its processor %s has weights", layer, type(original).__name__)
             continue
-        if type(original) is not type(family.default_processor(attention)):
+        if type(original) is not type(family.default_processor(denoiser, layer, attention)):
             foreign.add(type(original).__name__)
         made.append((attention, family.processor(layer, original, site)))
     if foreign:
@@ -216,7 +221,7 @@ def _call_with_clock(cls: type) -> Any:
     @functools.wraps(cls.__call__)
     def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
         switch = getattr(self, SWITCH, None)
-        if switch is None:
+        if switch is None or switch.call is not __call__:
             return cls.__call__(self, *args, **kwargs)
         _check_processors(switch)
         switch.run.begin(self, fed_by_callback=takes_callback)
@@ -253,18 +258,69 @@ def _join(theirs: Any, clock: Any) -> Any:
 
 
 def _check_processors(switch: _Switch) -> None:
-    lost = sum(attention.processor is not processor for attention, processor in switch.processors)
+    """Take over the processors that fuse_qkv_projections has put in the place of ours; warn of others."""
+    lost = 0
+    last = dict(switch.processors)  # of an attention that was fused before, the latest
+    for denoiser, site in switch.sites:
+        for layer, attention in site.family.self_attentions(denoiser).items():
+            found = attention.processor
+            if attention not in last or found is last[attention]:
+                continue
+            ours = [processor for module, processor in switch.processors if module is attention]
+            if found in ours:  # fused and apart again
+                switch.processors.remove((attention, found))
+            elif type(found) is type(site.family.default_processor(denoiser, layer, attention)) and type(
+                found
+            ) is not type(last[attention].original):
+                attention.processor = found = site.family.processor(layer, found, site)
+            else:
+                lost += 1
+                continue
+            switch.processors.append((attention, found))
     if lost:
         logger.warning(
-            "%d of %d PSA processors have been replaced since enable_psa (fuse_qkv_projections does that): these "
-            "layers are dense. Call disable_psa(pipe), then enable_psa again",
+            "%d PSA processors have been replaced since enable_psa: these layers are dense. Call disable_psa(pipe), "
+            "then enable_psa again",
             lost,
-            len(switch.processors),
         )
 
 
+def _refuse_impossible(denoiser: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Say what to do where diffusers would fail in a way that names neither the cause nor the remedy."""
+    hooks = getattr(getattr(denoiser, "_diffusers_hook", None), "hooks", None) or {}
+    latents = kwargs.get("hidden_states", args[0] if args else None)
+    for hook in hooks.values():
+        if getattr(hook, "is_guidance_distilled", None) is False and latents is not None and len(latents) % 2:
+            raise RuntimeError(
+                "FasterCache expects both branches of guidance in one batch, and this pipeline runs a batch of "
+                f"{len(latents)}. Pass FasterCacheConfig(..., is_guidance_distilled=True), or use another cache"
+            )
+
+
+def _register_for_guiders(processors: list[tuple[nn.Module, FamilyProcessor]]) -> None:
+    """Let guiders that skip attention (perturbed attention, skipped layers) know the classes of our processors."""
+    try:
+        from diffusers.hooks._helpers import AttentionProcessorMetadata, AttentionProcessorRegistry
+    except ImportError:
+        return
+    for kind in {type(processor) for _, processor in processors}:
+        AttentionProcessorRegistry.register(kind, AttentionProcessorMetadata(_skip_attention))
+
+
+def _skip_attention(attn: nn.Module, hidden_states: Any, encoder_hidden_states: Any = None, *args: Any, **kwargs: Any):
+    """Return what goes in, in the form of what comes out."""
+    return hidden_states if encoder_hidden_states is None else (hidden_states, encoder_hidden_states)
+
+
+# module of diffusers: pipeline class in it
+_PIPELINE_CLASSES = {
+    "diffusers.pipelines.pipeline_utils": "DiffusionPipeline",
+    "diffusers.modular_pipelines.modular_pipeline": "ModularPipeline",
+}
+
+
 def _add_method(module: Any) -> None:
-    pipeline_class = module.DiffusionPipeline
+    pipeline_class = getattr(module, _PIPELINE_CLASSES[module.__name__])
     if not hasattr(pipeline_class, "set_attn_processor"):
         pipeline_class.set_attn_processor = set_attn_processor
 
@@ -272,12 +328,15 @@ def _add_method(module: Any) -> None:
 class _AfterImport(importlib.abc.MetaPathFinder):
     """Adds our method when diffusers loads its pipelines. Loading them now would cost every import a second."""
 
-    module = "diffusers.pipelines.pipeline_utils"
+    def __init__(self) -> None:
+        self.waiting = set(_PIPELINE_CLASSES)
 
     def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> Any:
-        if fullname != self.module:
+        if fullname not in self.waiting:
             return None
-        sys.meta_path.remove(self)
+        self.waiting.remove(fullname)
+        if not self.waiting:
+            sys.meta_path.remove(self)
         spec = importlib.util.find_spec(fullname)
         if spec is None or spec.loader is None:
             return spec
@@ -293,11 +352,16 @@ class _AfterImport(importlib.abc.MetaPathFinder):
 
 def extend_diffusers() -> None:
     """Give diffusers pipelines `set_attn_processor`, now or as soon as diffusers loads them."""
-    loaded = sys.modules.get(_AfterImport.module)
-    if loaded is not None and hasattr(loaded, "DiffusionPipeline"):
-        _add_method(loaded)
-    elif not any(isinstance(finder, _AfterImport) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _AfterImport())
+    if any(isinstance(finder, _AfterImport) for finder in sys.meta_path):
+        return
+    finder = _AfterImport()
+    for name, pipeline_class in _PIPELINE_CLASSES.items():
+        loaded = sys.modules.get(name)
+        if loaded is not None and hasattr(loaded, pipeline_class):
+            _add_method(loaded)
+            finder.waiting.remove(name)
+    if finder.waiting:
+        sys.meta_path.insert(0, finder)
 
 
 extend_diffusers()

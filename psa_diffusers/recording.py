@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import json
 import logging
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from psa_diffusers.models.processor import Run, Site
+from psa_diffusers.models.registry import Grid
 from psa_diffusers.pipeline import find_denoisers
 from psa_diffusers.preset import PSAPreset
 from psa_diffusers.ranges import check_ranges, in_ranges
@@ -196,8 +198,9 @@ def tap_qkv(
             kind = type("Tap", (_Tap, family.processor), {})
             attentions = family.self_attentions(denoiser)
             for index, (layer, attention) in enumerate(attentions.items()):
-                tap = kind(layer, family.default_processor(attention), site)
+                tap = kind(layer, family.default_processor(denoiser, layer, attention), site)
                 tap.index, tap.count = index, len(attentions)
+                tap.make_default = functools.partial(family.default_processor, denoiser, layer)
                 hooks.append(attention.register_forward_pre_hook(tap.listen, with_kwargs=True))
         # compiled code would not see the hooks
         with torch.compiler.set_stance("force_eager"):
@@ -257,7 +260,7 @@ class _Tap:
         """Torch's forward pre-hook of the attention, with keyword arguments. Changes nothing."""
         clock = self.site.run.clock
         if self.site.run.is_wanted(clock.step, clock.num_steps, self.index, self.count):
-            self.original = self.site.family.default_processor(attn)
+            self.original = self.make_default(attn)
             named = inspect.signature(type(self).__call__).parameters  # diffusers drops what a processor does not name
             self(attn, *args, **{name: value for name, value in kwargs.items() if name in named})
 
@@ -267,7 +270,7 @@ class _Tap:
             run.left_out.append(reason)
             logger.warning("a recording leaves %s out: %s", self.layer, reason)
 
-    def sparse(self, q: Tensor, k: Tensor, v: Tensor, *, text_tokens: int = 0) -> Tensor:
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, text_tokens: int, grid: Grid) -> tuple[Tensor, None]:
         site, run = self.site, self.site.run
         call = Call(
             call=run.calls - 1,
@@ -278,14 +281,14 @@ class _Tap:
             layer=self.index,
             num_layers=self.count,
             forward=run.forwards[run.calls - 1, run.clock.step, site.name] - 1,
-            grid=site.grid,
+            grid=grid,
             text_tokens=text_tokens,
             text_first=site.family.text_first,
             scale=q.shape[-1] ** -0.5,
         )
         # autocast keeps norms in float32; attention would cast back as well
         run.sink(q.to(v.dtype), k.to(v.dtype), v, call)
-        return v  # of the right shape; what follows from it is thrown away
+        return v, None  # of the right shape; what follows from it is thrown away
 
 
 class _Writer:

@@ -4,15 +4,17 @@
     python scripts/evaluate_levels.py --qkv docs/data/trained_head.safetensors
     python scripts/evaluate_levels.py --qkv recorded.safetensors --grid 13 30 45 --text_tokens 226
     python scripts/evaluate_levels.py --presets psa_fast psa_cover --config my_presets.yaml
+    python scripts/evaluate_levels.py --record demo                       heads of a running pipeline, recorded first
     python scripts/evaluate_levels.py --suite heldout                     96 cases kept apart from tuning, longer
     python scripts/evaluate_levels.py --suite acceptance --qkv FILE       what our presets must hold, with bounds
     python scripts/evaluate_levels.py --json levels.jsonl --plot levels.png
 
-Every method runs through the stages of psa_attention. Rows of the table: the presets; the published choice (its ratios,
-blocks of 128, Gilbert order, largest score of random positions that all blocks share); exact top blocks with one mean
-for each other block, without (zeroth order) and with the value tilt (first order); and exact top blocks alone, the
-others dropped. The error is that of video queries, in a sample of the query blocks: dense attention is computed for the
-sampled rows only, so the figures are exact for those. Ratios are to the published choice, head by head.
+Every method runs through the stages of psa_attention. Rows of the table: the presets; the rule of psa_cover at other
+densities ("this project"); the published choice (its ratios, blocks of 128, Gilbert order, largest score of random
+positions that all blocks share); exact top blocks with one mean for each other block, without (zeroth order) and with
+the value tilt (first order); and exact top blocks alone, the others dropped. The error is that of video queries, in a
+sample of the query blocks: dense attention is computed for the sampled rows only, so the figures are exact for those.
+Ratios are to the published choice, head by head.
 """
 
 import argparse
@@ -20,6 +22,7 @@ import json
 import math
 import re
 import sys
+import tempfile
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,10 +30,13 @@ from pathlib import Path
 import torch
 from _acceptance import PRESETS, show_acceptance
 from _fields import FIELDS, make_field
+from _models import add_call_options, open_model, read_prompts
 from torch import Tensor
 from tqdm import tqdm
 
-from psa_diffusers import PSAPreset, list_presets, load_preset
+from psa_diffusers import PSAPreset, list_presets, load_preset, record_qkv
+from psa_diffusers.calibration import ladder_ratios
+from psa_diffusers.generation import call_defaults, generate
 from psa_diffusers.layout import Layout, make_layout
 from psa_diffusers.preset import KEY_VARIANCE_CAP
 from psa_diffusers.stages import (
@@ -104,9 +110,12 @@ def choose_methods(args) -> list[Method]:
     known = list_presets(args.model, config=args.config) if args.config else list_presets(args.model)
     names = args.presets or [name for name in known if load_preset(args.model, name, config=args.config).type == "psa"]
     presets = [load_preset(args.model, name, config=args.config) for name in names]
-    methods = [Method(_line(preset.name), preset) for preset in presets]
+    methods = [Method(preset.name, preset) for preset in presets]
     methods.append(Method("dense", PSAPreset(type="dense", name="dense")))
+    ours = load_preset(args.model, "psa_cover", config=args.config)
     for density in args.densities:
+        ratios = ladder_ratios(density, ours.block_n)
+        methods.append(Method("this project", ours.replace(name=_label("this project", density), mask_ratios=ratios)))
         share = density / 0.15
         ratios = tuple((factor, bound * share if factor else 1.0) for factor, bound in PUBLISHED)
         published = PSAPreset(name=_label("published", density), mask_ratios=ratios, importance="sampled_max")
@@ -130,7 +139,7 @@ def acceptance_methods(args) -> list[Method]:
     methods = [Method("published", published, published_estimator=True)]
     for name in PRESETS:
         preset = load_preset(args.model, name, config=args.config)
-        methods.append(Method(_line(name), preset))
+        methods.append(Method(name, preset))
         for block in (64, 128):
             exact = (_density(preset) - 1 / block) / (1 - 1 / block)
             peer = PSAPreset(
@@ -151,11 +160,6 @@ def _density(preset: PSAPreset) -> float:
 
 def _label(line: str, density: float) -> str:
     return f"{line} @{density:g}"
-
-
-def _line(preset: str) -> str:
-    """psa_fast, psa_cover and psa_quality are points of one line; another preset is a line by itself."""
-    return "this project" if preset in ("psa_fast", "psa_cover", "psa_quality") else preset
 
 
 def field_cases(args):
@@ -200,6 +204,17 @@ def recorded_cases(args):
                     head = (x[b : b + 1, h : h + 1] for x in (q, k, v))
                     yield Case(f"{stem}{b}.{h}", *head, grid, text, place["text_first"], place["scale"])
                 number += 1
+
+
+def record(args, path: Path) -> None:
+    """Run a pipeline dense and write q, k, v of its self-attentions in a few steps to a file."""
+    pipe, call = open_model(args.record, args)
+    count = (call_defaults(pipe, ["num_inference_steps"]) | call)["num_inference_steps"]
+    steps = args.record_steps or f"{count // 4},{count // 2},{count - 1}"
+    with record_qkv(pipe, path, steps=steps, layers=args.record_layers, heads=args.record_heads) as recording:
+        for number, prompt in enumerate(read_prompts(args)[: args.record_prompts]):
+            generate(pipe, {**call, "prompt": prompt, "output_type": "latent"}, seed=args.seed + number)
+    print(f"{len(recording.records)} calls of self-attentions recorded, steps {steps} of {count}")
 
 
 def lay_out(case: Case, preset: PSAPreset) -> Layout:
@@ -354,6 +369,10 @@ def _by_factor(item: tuple[str, float]) -> float:
     return int(item[0]) or math.inf
 
 
+def _rounded(line: dict) -> dict:
+    return {key: float(f"{value:.4g}") if isinstance(value, float) else value for key, value in line.items()}
+
+
 def show(table: list[dict]) -> None:
     width = max(len(row["method"]) for row in table)
     ratios = "ratio_of_means" in table[0]
@@ -385,7 +404,7 @@ def _masses(row: dict):
 
 
 def draw(table: list[dict], path: Path) -> None:
-    """Error against density, one line a method."""
+    """Error against density: one line a method that has several densities, a mark for a preset."""
     import matplotlib.pyplot as plt
 
     figure, axis = plt.subplots(figsize=(9, 5), layout="constrained")
@@ -395,7 +414,11 @@ def draw(table: list[dict], path: Path) -> None:
             by_line[row["line"]].append((row["density"], row["relative_l1"]))
     for line, points in by_line.items():
         points.sort()
-        axis.plot(*zip(*points, strict=True), marker="o", label=line, linewidth=2.5 if line == "this project" else 1.2)
+        width = 2.5 if line == "this project" else 1.2
+        if len(points) > 1:
+            axis.plot(*zip(*points, strict=True), marker="o", markersize=4, label=line, linewidth=width)
+        else:
+            axis.plot(*points[0], marker="*", markersize=13, linestyle="none", label=line)
     axis.set(
         xlabel="density (share of the dense work)",
         ylabel="relative L1 error of the attention output",
@@ -405,7 +428,7 @@ def draw(table: list[dict], path: Path) -> None:
     axis.grid(which="both", alpha=0.3)
     figure.legend(loc="outside right upper", fontsize="small")
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
+    figure.savefig(path, dpi=100)
     plt.close(figure)
 
 
@@ -426,6 +449,11 @@ def parse(argv=None):
     )
     data = parser.add_argument_group("data")
     data.add_argument("--qkv", type=Path, help="safetensors file of recorded heads, in place of the fields")
+    data.add_argument(
+        "--record",
+        metavar="MODEL",
+        help="entry of configs/models.yaml, hub id or folder: run it dense and judge its heads; --qkv keeps them",
+    )
     data.add_argument("--grid", nargs=3, type=int, metavar=("F", "H", "W"), help="its grid, if the file does not say")
     data.add_argument("--text_tokens", type=int, help="its text tokens, if the file does not say")
     data.add_argument(
@@ -442,6 +470,12 @@ def parse(argv=None):
     data.add_argument("--fields", nargs="+", choices=FIELDS, metavar="FIELD", help="only these fields")
     data.add_argument("--field_grid", nargs=3, type=int, metavar=("F", "H", "W"), help="grid in place of the suite's")
     data.add_argument("--queries", type=int, default=1024, help="queries sampled a head (default: 1024)")
+    call = parser.add_argument_group("with --record")
+    add_call_options(call)
+    call.add_argument("--record_steps", metavar="RANGE", help="denoising steps (default: three, the last among them)")
+    call.add_argument("--record_layers", metavar="RANGE", help="self-attentions of a denoiser (default: all)")
+    call.add_argument("--record_heads", metavar="RANGE", help="heads of each (default: all)")
+    call.add_argument("--record_prompts", type=int, default=1, metavar="N", help="prompts to run (default: 1)")
     out = parser.add_argument_group("output")
     out.add_argument("--json", type=Path, help="write one JSON line a head and method here")
     out.add_argument("--plot", type=Path, help="picture of error against density")
@@ -450,6 +484,8 @@ def parse(argv=None):
     args.densities = sorted({*args.densities, 0.15})
     if not all(0.02 <= density < 1 for density in args.densities):
         parser.error("--densities must lie between 0.02 and 1")
+    if args.suite == "acceptance" and args.plot:
+        parser.error("--plot draws lines over several densities; the acceptance suite has one for each preset")
     quick = args.suite == "quick"
     every = args.suite in ("quick", "acceptance")
     args.fields = args.fields or (tuple(FIELDS) if every else tuple("ABCDEFGH"))
@@ -486,7 +522,10 @@ def accept(args) -> list[dict]:
 def main(argv=None):
     args = parse(argv)
     torch.set_num_threads(args.threads)
-    with torch.no_grad():
+    with torch.no_grad(), tempfile.TemporaryDirectory() as folder:
+        if args.record:
+            args.qkv = args.qkv or Path(folder) / "qkv.safetensors"
+            record(args, args.qkv)
         if args.suite == "acceptance":
             lines = accept(args)
         elif args.qkv:
@@ -496,7 +535,7 @@ def main(argv=None):
             lines = evaluate(field_cases(args), choose_methods(args), args.queries, total)
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        args.json.write_text("".join(json.dumps(_rounded(line)) + "\n" for line in lines))
     if args.suite == "acceptance":
         sys.exit(0 if show_acceptance(lines) else 1)
     table = summarise(lines)

@@ -39,7 +39,10 @@ def parse(argv=None):
     what.add_argument(
         "--seed", type=int, default=42, help="seed of the first prompt; the next has seed + 1 (default: 42)"
     )
-    what.add_argument("--lora_path", help="LoRA in place of the entry's own: file, folder or hub id")
+    what.add_argument(
+        "--lora_path",
+        help="LoRA in place of the entry's own: file, folder or hub id; one for four steps brings its settings along",
+    )
     what.add_argument("--lora_weight_name", help="file in that folder or repository, if it has several")
     how = parser.add_argument_group("attention")
     how.add_argument("--use_psa", action="store_true", help="switch PSA on (without it everything runs dense)")
@@ -92,14 +95,17 @@ def read_prompts(args, config):
     return [prompt]
 
 
-def call_arguments(args, config, pipe):
-    """Arguments of the pipeline: the entry's, overruled by the command line; an unknown model has its own defaults."""
+def call_arguments(args, config, pipe, recipe):
+    """Arguments of the pipeline: the entry's, overruled by those that a few-step LoRA needs and by the command line.
+
+    An unknown model has its own defaults.
+    """
     from psa_diffusers.generation import call_defaults
 
     names = ("width", "height", "num_frames", "num_inference_steps", "guidance_scale", "negative_prompt")
     known = {} if config.name == "custom" else {name: getattr(config, name) for name in (*names, "guidance_scale_2")}
     given = {name: getattr(args, name) for name in names}
-    chosen = {**call_defaults(pipe, names), **known}
+    chosen = {**call_defaults(pipe, names), **known, **(recipe.call if recipe else {})}
     chosen |= {name: value for name, value in given.items() if value is not None}
     return {name: value for name, value in chosen.items() if value is not None}
 
@@ -143,12 +149,17 @@ class Job:
 
     def __init__(self, args, config, pipe, device, overrides, lora):
         from psa_diffusers import generation
+        from psa_diffusers.lora import recipe_of
 
         self.args, self.config, self.pipe, self.device = args, config, pipe, device
-        self.call = call_arguments(args, config, pipe)
+        recipe = recipe_of(pipe)
+        self.call = call_arguments(args, config, pipe, recipe)
+        preset, section = args.attention_preset, config.attention_model
+        if preset is None:
+            section, preset = recipe.preset if recipe else (section, config.attention_preset)
         self.psa = {
-            "preset": args.attention_preset or config.attention_preset,
-            "section": config.attention_model,
+            "preset": preset,
+            "section": section,
             "config": args.config,
             "overrides": overrides,
         }

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import CASES
+from tiny import ALL_CASES
 
 from psa_diffusers.models import processor
 
@@ -21,9 +21,14 @@ def captured_inputs(pipe: Any, name: str, **kwargs: Any) -> list[dict[str, Any]]
         inputs.append(kwargs)
 
     handle = pipe.transformer.register_forward_pre_hook(hook, with_kwargs=True)
-    CASES[name].run(pipe, **kwargs)
+    ALL_CASES[name].run(pipe, **kwargs)
     handle.remove()
     return inputs
+
+
+def forward(pipe: Any, inputs: dict[str, Any]) -> torch.Tensor:
+    """What the pipeline's denoiser makes of the inputs, without what else it may return."""
+    return pipe.transformer(**{**inputs, "return_dict": True}).sample
 
 
 def forward_in_float64(pipe: Any, inputs: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> torch.Tensor:
@@ -37,7 +42,8 @@ def forward_in_float64(pipe: Any, inputs: dict[str, Any], monkeypatch: pytest.Mo
     weights = copy.deepcopy(pipe.transformer.state_dict())
     with monkeypatch.context() as patch:
         patch.setattr(processor, "DTYPES", (*processor.DTYPES, torch.float64))
-        truth = pipe.transformer.double()(**{key: widen(value) for key, value in inputs.items()})[0]
+        pipe.transformer.double()
+        truth = forward(pipe, {key: widen(value) for key, value in inputs.items()})
     pipe.transformer.float().load_state_dict(weights)
     return truth
 

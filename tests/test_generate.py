@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from test_lora import lora_file
 
 from psa_diffusers import PSAPreset, generation, load_preset
 from psa_diffusers.demo import build_demo_pipeline
@@ -169,6 +170,53 @@ def test_a_lora_is_used_and_recorded(main, folder, tmp_path):
     styled, record = run_one(main, folder, tmp_path / "styled", "--use_psa", *SMALL, "--lora_path", tmp_path / "lora")
     assert not np.array_equal(plain, styled)
     assert record["lora"]["source"] == str(tmp_path / "lora")
+
+
+@pytest.fixture
+def four_steps(folder, tmp_path):
+    """The entry of the LoRA for four steps with weights of tiny size in place of the published ones."""
+    own = tmp_path / "own.yaml"
+    size = "width: 64, height: 64, num_frames: 9"
+    own.write_text(
+        f"cogvideo_5b_lora: {{source: {folder}, dtype: float32, {size}, "
+        f"lora: {{source: {tmp_path}, weight_name: null}}}}"
+    )
+    lora_file(tmp_path, "cogvideox", rank=64)
+    return ["--models_config", own, "--prompt", "a panda", "--use_psa", "--device", "cpu"]
+
+
+def test_the_lora_for_four_steps_in_one_line(main, four_steps, tmp_path):
+    assert main("--model", "cogvideo_5b_lora", *four_steps, "--output_dir", tmp_path / "out") == 0
+    ((_, record),) = records(tmp_path / "out")
+    assert (record["call"]["num_inference_steps"], record["call"]["guidance_scale"]) == (4, 1.0)
+    assert record["scheduler"]["class_name"] == "CogVideoXDPMScheduler"
+    assert record["scheduler"]["timestep_spacing"] == "trailing"
+    assert (record["preset"]["model"], record["preset"]["name"]) == ("CogVideo_5b", "psa_4steps")
+    assert record["lora"]["source"] == str(tmp_path)
+    assert "8 calls in 4 steps and 2 layers: 8 sparse" in record["report"]
+    # another file in its place
+    (tmp_path / "other").mkdir()
+    lora_file(tmp_path / "other", "cogvideox", rank=64, seed=2)
+    other = ["--lora_path", tmp_path / "other"]
+    assert main("--model", "cogvideo_5b_lora", *four_steps, *other, "--output_dir", tmp_path / "out2") == 0
+    ((_, second),) = records(tmp_path / "out2")
+    assert second["lora"]["source"] == str(tmp_path / "other")
+    videos = [next((tmp_path / where).glob("*.mp4")) for where in ("out", "out2")]
+    assert not np.array_equal(*map(read_video, videos))
+
+
+def test_the_lora_for_four_steps_brings_its_settings_to_another_entry(main, folder, four_steps, tmp_path):
+    own = tmp_path / "own.yaml"
+    own.write_text(f"cogvideo_5b: {{source: {folder}, dtype: float32, width: 64, height: 64, num_frames: 9}}")
+    args = ["--model", "cogvideo_5b", *four_steps, "--lora_path", tmp_path]
+    assert main(*args, "--output_dir", tmp_path / "out") == 0
+    assert (
+        main(*args, "--output_dir", tmp_path / "own", "--num_inference_steps", "3", "--attention_preset", "psa_fast")
+        == 0
+    )
+    ((_, record),), ((_, chosen),) = records(tmp_path / "out"), records(tmp_path / "own")
+    assert (record["call"]["num_inference_steps"], record["preset"]["name"]) == (4, "psa_4steps")
+    assert (chosen["call"]["num_inference_steps"], chosen["preset"]["name"]) == (3, "psa_fast")
 
 
 def test_presets_of_the_users_own_file(main, folder, tmp_path):

@@ -1,33 +1,29 @@
-"""The contract of a guest, on small real pipelines of every family."""
+"""The contract of a guest, on small real pipelines. What every family must pass is in test_families.py."""
 
 import functools
 import gc
-import hashlib
-import importlib
 import inspect
 import json
 import logging
 import weakref
+from collections import Counter
 from types import SimpleNamespace
 
-import diffusers
 import pytest
 import tiny
 import torch
 from diffusers import CogVideoXVideoToVideoPipeline, DDPMPipeline, DDPMScheduler, UNet2DModel
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
-from forwards import assert_as_close, captured_inputs, error, forward_in_float64
+from forwards import assert_as_close, captured_inputs, forward_in_float64
 from tiny import CASES, TINY_PRESET
 from watch import Watch, expected_steps
 
-from psa_diffusers.models import cogvideox, wan
-from psa_diffusers.models.registry import families, family_of, find_family, register
+from psa_diffusers.models.registry import families, family_of, find_family, register_family
 from psa_diffusers.pipeline import disable_psa, enable_psa
-from psa_diffusers.preset import PSAPreset, load_section
+from psa_diffusers.preset import PSAPreset
 from psa_diffusers.report import psa_report
 
 LAYERS = 2
-each_case = pytest.mark.parametrize("name", CASES)
 one_of_each = pytest.mark.parametrize("name", ["cogvideox", "wan2.1"])
 
 
@@ -68,50 +64,12 @@ def records(pipe):
 # what enabling changes, and that disabling undoes it
 
 
-@each_case
-def test_disable_gives_back_the_same_objects_and_the_same_video(name):
-    pipe = build(name)
-    before = CASES[name].run(pipe)
-    found = [attention.processor for attention in attentions(pipe)]
-    hooks = [len(part._forward_pre_hooks) for part in pipe.components.values() if isinstance(part, torch.nn.Module)]
-    cls, state = type(pipe), dict(pipe.__dict__)
-
-    assert enable(pipe) is pipe
-    sparse = CASES[name].run(pipe)
-    assert disable_psa(pipe) is pipe
-
-    assert not torch.equal(sparse, before)
-    assert error(sparse, before) < 0.2
-    assert all(attention.processor is processor for attention, processor in zip(attentions(pipe), found, strict=True))
-    assert hooks == [
-        len(part._forward_pre_hooks) for part in pipe.components.values() if isinstance(part, torch.nn.Module)
-    ]
-    assert type(pipe) is cls
-    assert pipe.__dict__.keys() == state.keys()
-    assert torch.equal(CASES[name].run(pipe), before)
-
-
 def test_disable_is_a_no_op_when_off():
     pipe = build("wan2.1")
     assert disable_psa(pipe) is pipe
     enable(pipe)
     disable_psa(pipe)
     assert disable_psa(pipe) is pipe
-
-
-@each_case
-def test_only_self_attentions_get_our_processors_and_no_module_changes(name):
-    pipe = build(name)
-    keys = list(pipe.transformer.state_dict())
-    modules = [path for path, _ in pipe.transformer.named_modules()]
-    before = [attention.processor for attention in attentions(pipe)]
-    enable(pipe)
-    after = [attention.processor for attention in attentions(pipe)]
-    changed = [new is not old for new, old in zip(after, before, strict=True)]
-    is_self = [not getattr(attention, "is_cross_attention", False) for attention in attentions(pipe)]
-    assert changed == is_self
-    assert list(pipe.transformer.state_dict()) == keys
-    assert [path for path, _ in pipe.transformer.named_modules()] == modules
 
 
 def test_the_class_of_an_enabled_pipeline_looks_like_the_original(tmp_path):
@@ -127,27 +85,6 @@ def test_the_class_of_an_enabled_pipeline_looks_like_the_original(tmp_path):
     assert inspect.signature(type(pipe).__call__) == signature
     pipe.save_pretrained(tmp_path)
     assert json.loads((tmp_path / "model_index.json").read_text())["_class_name"] == "WanPipeline"
-
-
-@each_case
-def test_a_seed_gives_one_video_and_the_global_generator_stays_as_in_dense(name):
-    pipe = build(name)
-    torch.manual_seed(5)
-    CASES[name].run(pipe)
-    as_dense = torch.random.get_rng_state()
-    enable(pipe)
-    torch.manual_seed(5)
-    first = CASES[name].run(pipe)
-    assert torch.equal(torch.random.get_rng_state(), as_dense)
-    assert torch.equal(CASES[name].run(pipe), first)
-
-
-def test_enabling_twice_is_refused_and_changes_nothing():
-    pipe = enable(build("wan2.1"))
-    processors = [attention.processor for attention in attentions(pipe)]
-    with pytest.raises(RuntimeError, match=r"already enabled on this pipeline; call disable_psa\(pipe\)"):
-        enable(pipe, warmup_steps=3)
-    assert processors == [attention.processor for attention in attentions(pipe)]
 
 
 def test_a_pipeline_that_shares_an_enabled_denoiser_is_refused():
@@ -262,18 +199,6 @@ def test_nothing_keeps_a_disabled_pipeline_alive():
 # what it computes
 
 
-@each_case
-def test_all_factors_one_equals_dense_to_rounding(name, monkeypatch):
-    pipe = build(name)
-    inputs = captured_inputs(pipe, name, steps=1)[0]
-    dense = pipe.transformer(**inputs)[0]
-    enable(pipe, mask_ratios={1: [0, 1]}, report=True)
-    sparse = pipe.transformer(**inputs)[0]
-    assert {entry["kind"] for entry in records(pipe)} == {"sparse"}
-    disable_psa(pipe)
-    assert_as_close(sparse, dense, forward_in_float64(pipe, inputs, monkeypatch))
-
-
 @one_of_each
 def test_grids_that_divide_by_nothing_run_sparse(name, watch):
     pipe = enable(build(name), report=True)
@@ -327,16 +252,29 @@ def test_fused_projections_give_the_same_to_rounding(name, watch, monkeypatch):
     assert watch.steps() == expected_steps(4, 0, calls_a_step(name))
 
 
-def test_fusing_projections_while_enabled_is_noticed(caplog):
+def test_fusing_projections_while_enabled_stays_sparse(watch):
     pipe = build("cogvideox")
+    watch.denoisers(pipe)
     dense = CASES["cogvideox"].run(pipe, steps=1)
     enable(pipe)
+    watch.clear()
+    for change in (pipe.transformer.fuse_qkv_projections, pipe.transformer.unfuse_qkv_projections) * 2:
+        change()  # diffusers sets processors of its own
+        CASES["cogvideox"].run(pipe, steps=1)
+    assert watch.steps() == [Counter(sparse=4 * LAYERS)]
     pipe.transformer.fuse_qkv_projections()
-    CASES["cogvideox"].run(pipe, steps=1)
-    assert "2 of 2 PSA processors have been replaced" in caplog.text
     disable_psa(pipe)
+    assert torch.equal(CASES["cogvideox"].run(pipe, steps=1), dense)
     pipe.transformer.unfuse_qkv_projections()  # brings our processors back: they only forward now
     assert torch.equal(CASES["cogvideox"].run(pipe, steps=1), dense)
+
+
+def test_processors_replaced_while_enabled_are_noticed(caplog):
+    pipe = enable(build("cogvideox"))
+    attention = pipe.transformer.transformer_blocks[0].attn1
+    attention.set_processor(type(attention.processor.original)())
+    CASES["cogvideox"].run(pipe, steps=1)
+    assert "1 PSA processors have been replaced" in caplog.text
 
 
 @one_of_each
@@ -364,18 +302,6 @@ def test_autocast_runs_sparse(name, watch):
 
 
 # which steps are dense
-
-
-@each_case
-@pytest.mark.parametrize("guidance", [3.0, 1.0], ids=["guidance", "no-guidance"])
-def test_warmup_steps_are_dense_and_all_others_sparse(name, guidance, watch):
-    pipe = enable(build(name), warmup_steps=2)
-    watch.denoisers(pipe)
-    calls = calls_a_step(name, guidance > 1)
-    for steps in (5, 3, 6):  # another number of steps than last time
-        watch.clear()
-        CASES[name].run(pipe, steps=steps, guidance=guidance)
-        assert watch.steps() == expected_steps(steps, 2, calls)
 
 
 @one_of_each
@@ -518,21 +444,6 @@ def test_after_an_interrupted_call_the_warmup_is_right(name, watch):
     watch.clear()
     CASES[name].run(pipe)
     assert watch.steps() == expected_steps(4, 2, calls_a_step(name))
-
-
-@each_case
-def test_a_denoiser_called_without_its_pipeline_knows_the_step(name, watch):
-    pipe = build(name)
-    watch.denoisers(pipe)
-    inputs = captured_inputs(pipe, name, steps=4)
-    enable(pipe, warmup_steps=1)
-    watch.clear()
-    for _ in range(2):
-        for arguments in inputs:
-            pipe.transformer(**arguments)
-    num_steps = len(inputs) // CASES[name].passes
-    calls = calls_a_step(name)
-    assert watch.steps() == expected_steps(num_steps, 1, calls) * 2
 
 
 def test_positional_arguments_of_the_denoiser_are_understood(watch):
@@ -841,18 +752,12 @@ def test_a_size_without_a_section_gets_the_nearest_and_the_report_says_so():
     assert "section Wan2.2_5B, the nearest one: no section was made for 2 heads" in pipe._psa_switch.run.recorder.title
 
 
-@pytest.mark.parametrize("family", families(), ids=lambda family: family.name)
-def test_every_section_of_a_family_exists(family):
-    for rule in family.sections:
-        assert load_section(rule.section).presets
-
-
 def test_enabling_logs_one_line(caplog):
     with caplog.at_level(logging.INFO, "psa_diffusers"):
         enable_psa(build("cogvideox"), warmup_steps=3)
     (record,) = [record for record in caplog.records if record.levelno == logging.INFO]
     assert record.message == (
-        "PSA preset 'psa_balanced' of section demo, in 2 self-attentions of transformer, 3 warm-up steps"
+        "PSA preset 'psa_cover' of section demo, in 2 self-attentions of transformer, 3 warm-up steps"
     )
 
 
@@ -884,19 +789,4 @@ def test_a_family_is_found_by_class_name_through_subclasses_and_compilation():
 
 def test_a_denoiser_belongs_to_one_family():
     with pytest.raises(ValueError, match="WanTransformer3DModel already belongs to the family 'Wan'"):
-        register(families()[-1])
-
-
-DIGESTS = cogvideox.UPSTREAM_DIGESTS | wan.UPSTREAM_DIGESTS
-
-
-@pytest.mark.parametrize("upstream", DIGESTS)
-def test_upstream_processor_is_one_that_we_mirror(upstream):
-    module, name = upstream.rsplit(".", 1)
-    source = inspect.getsource(getattr(importlib.import_module(module), name).__call__)
-    digest = hashlib.sha256(source.encode()).hexdigest()[:12]
-    assert digest in DIGESTS[upstream], (
-        f"{name}.__call__ is new in diffusers {diffusers.__version__} (digest {digest}). Compare it with the __call__ "
-        "of our processor in psa_diffusers/models/: order of projection, norm and rotary embedding, fused projections, "
-        "new arguments. Port what matters, then add the digest to UPSTREAM_DIGESTS."
-    )
+        register_family(families()[-1])

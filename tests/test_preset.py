@@ -111,7 +111,7 @@ def test_section_describes_its_model(section, divisors, text):
     scale = values.video_scale
     assert (scale.width_divisor, scale.height_divisor, scale.depth_divisor) == divisors
     assert values.text_length == text
-    assert values.default_attention == "psa_balanced"
+    assert values.default_attention == "psa_cover"
     assert list(values.presets) == list_presets(section)
 
 
@@ -130,7 +130,7 @@ def test_default_and_demo_presets_fit_any_model():
     shared = load_preset("default", "psa_balanced")
     assert shared.levels == ((1, 0.1), (2, 0.15), (8, 0.35), (0, 1.0))
     assert (shared.block_m, shared.block_n, shared.order, shared.warmup_steps) == (128, 128, "gilbert", 0)
-    demo = load_preset("demo")
+    demo = load_preset("demo", "psa_balanced")
     assert (demo.block_m, demo.block_n, demo.order, demo.warmup_steps) == (128, 64, "gilbert", 1)
     assert PSAPreset().levels == shared.levels
 
@@ -367,7 +367,7 @@ def test_preset_is_frozen_hashable_and_survives_pickling():
 
 
 def test_plain_values_make_the_same_preset_again():
-    preset = load_preset("Wan2.1_1.3b")
+    preset = load_preset("Wan2.1_1.3b", "psa_balanced")
     assert PSAPreset(**preset.to_dict()) == preset
     assert PSAPreset().replace(**preset.to_dict()) == preset
     assert preset.to_dict()["mask_ratios"] == {
@@ -463,12 +463,12 @@ OWN = ("psa_cover", "psa_fast", "psa_quality")
 
 @pytest.mark.parametrize("section", list_presets())
 def test_every_section_has_our_presets_within_their_budgets(section):
-    published = load_preset(section, "psa_balanced")
     cover, fast, quality = (load_preset(section, name) for name in OWN)
+    published = load_preset(section, "psa_balanced") if "psa_balanced" in list_presets(section) else cover
     assert density(cover) <= 0.15
     assert density(fast) <= density(cover) / 2
     assert density(quality) <= 0.2
-    if published.mask_mode == "topk":  # a threshold's density depends on the head
+    if published.mask_mode == "topk" and published is not cover:  # a threshold's density depends on the head
         assert density(cover) <= density(published)
         assert density(fast) <= density(published) / 2
     for preset in (cover, fast, quality):

@@ -99,7 +99,7 @@ def test_importing_the_package_adds_the_method_and_loads_no_pipelines(imports):
 # on a denoiser
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", ["cogvideox", "wan2.1", "wan2.2-a14b"])
 def test_on_a_denoiser_it_gives_the_same_bits_as_enable_psa(name, watch):
     pipe = CASES[name].build()
     # as an object: without its pipeline, an expert of Wan 2.2 A14B looks like Wan 2.1 and gets other presets

@@ -77,8 +77,7 @@ def test_the_summary_counts_calls_densities_and_reasons():
     summary = psa_report(pipe).summary()
     assert summary == str(psa_report(pipe))
     assert summary.splitlines() == [
-        "PSA preset 'psa_balanced' of section Wan2.2_A14B, the nearest one: no section was made for 2 heads and 2 "
-        "layers",
+        "PSA preset 'psa_cover' of section Wan2.2_A14B, the nearest one: no section was made for 2 heads and 2 layers",
         "transformer: 8 calls in 2 steps and 2 layers: 4 sparse, 4 dense",
         "  density 0.750 where sparse, 0.875 over all calls",
         "  128 tokens, grid 4 x 4 x 8",

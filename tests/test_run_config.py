@@ -21,6 +21,7 @@ SECTIONS = {
     "cogvideo1.5_5b": "CogVideo1.5_5b",
     "cogvideo_5b_lora": "CogVideo_5b",
     "wan21_1.3b": "Wan2.1_1.3b",
+    "wan21_1.3b_lora": "Wan2.1_1.3b",
     "wan21_14b": "Wan2.1_14b",
     "wan22_5b": "Wan2.2_5B",
     "wan22_a14b": "Wan2.2_A14B",

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import diffusers
 import torch
 from diffusers import (
     AutoencoderKLCogVideoX,
@@ -179,66 +180,31 @@ def wan(
     )
 
 
-@dataclass(frozen=True)
-class Case:
-    """One kind of pipeline.
-
-    Attributes:
-        build: Makes a fresh one; keyword arguments change its transformer.
-        grid: Its token grid for the default inputs.
-        text: Text tokens in the sequence of a self-attention.
-        passes: Forwards of the denoiser in a step with guidance.
-        extra: Inputs beyond those that all take, given height, width and frames in pixels.
-        strength: Share of the asked steps that run (video to video).
-    """
-
-    build: Callable[..., Any]
-    text: int
-    passes: int
-    grid: tuple[int, int, int] = GRID
-    extra: Callable[[int, int, int], dict[str, Any]] = lambda height, width, frames: {}
-    latent_frames_per_token: int = 1
-    token_pixels: int = 16
-
-    def inputs(
-        self,
-        *,
-        steps: int = 4,
-        guidance: float = 3.0,
-        grid: tuple[int, int, int] | None = None,
-        seed: int = 0,
-        **kwargs: Any,
-    ) -> dict[str, Any]:
-        """Arguments of a call that gives latents; `grid` in tokens."""
-        frames, height, width = grid or self.grid
-        frames = (frames * self.latent_frames_per_token - 1) * 4 + 1
-        height, width = height * self.token_pixels, width * self.token_pixels
-        size = {"height": height, "width": width, "num_frames": frames}
-        return {
-            "prompt": "a cat walks",
-            "negative_prompt": "blurry",
-            "generator": torch.Generator().manual_seed(seed),
-            "num_inference_steps": steps,
-            "guidance_scale": guidance,
-            "output_type": "latent",
-            "max_sequence_length": TEXT_TOKENS,
-            **size,
-            **self.extra(height, width, frames),
-            **kwargs,
-        }
-
-    def run(self, pipe: Any, **kwargs: Any) -> torch.Tensor:
-        """Latents of one call."""
-        return pipe(**self.inputs(**kwargs)).frames
-
-
 def _image(height: int, width: int, frames: int) -> dict[str, Any]:
     return {"image": torch.linspace(0, 1, 3 * height * width).view(1, 3, height, width)}
 
 
+def _video(height: int, width: int, frames: int) -> dict[str, Any]:
+    video = torch.linspace(0, 1, frames * 3 * height * width).view(1, frames, 3, height, width)
+    return {"video": video, "strength": 1.0, "num_frames": DROP}
+
+
+def picture(height: int, width: int) -> Image.Image:
+    return Image.linear_gradient("L").convert("RGB").resize((width, height))
+
+
+def _picture(height: int, width: int, frames: int) -> dict[str, Any]:
+    return {"image": picture(height, width)}
+
+
 def _wan_image(height: int, width: int, frames: int) -> dict[str, Any]:
     # upstream takes the last 512 context tokens for text when there are image tokens
-    return {"image": Image.linear_gradient("L").convert("RGB").resize((width, height)), "max_sequence_length": 512}
+    return {"image": picture(height, width), "max_sequence_length": 512}
+
+
+def _quiet(pipe: Any) -> Any:
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
 
 
 def wan_i2v(**transformer: Any) -> Any:
@@ -251,38 +217,305 @@ def wan_i2v(**transformer: Any) -> Any:
     return wan(WanImageToVideoPipeline, pipeline=encoder, **shape, **transformer)
 
 
-def _video(height: int, width: int, frames: int) -> dict[str, Any]:
-    video = torch.linspace(0, 1, frames * 3 * height * width).view(1, frames, 3, height, width)
-    return {"video": video, "strength": 1.0, "num_frames": _DROP}
+def embedded(prompts: Any, width: int, tokens: int = 20) -> tuple[torch.Tensor, torch.Tensor]:
+    """Stand-ins for a text encoder's output ``[B, tokens, width]``, and the mask: a letter is a valid token."""
+    prompts = [prompts] if isinstance(prompts, str) else prompts
+    texts = [torch.randn(tokens, width, generator=torch.Generator().manual_seed(sum(p.encode()))) for p in prompts]
+    mask = torch.stack([(torch.arange(tokens) < letters(p)).long() for p in prompts])
+    return torch.stack(texts), mask
 
 
-_DROP = object()
+def letters(prompt: str) -> int:
+    return min(len(prompt), TEXT_TOKENS)
 
 
-def _quiet(pipe: Any) -> Any:
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
+# HunyuanVideo
 
 
-class _VideoCase(Case):
-    def inputs(self, **kwargs: Any) -> dict[str, Any]:
-        return {name: value for name, value in super().inputs(**kwargs).items() if value is not _DROP}
+def hunyuan_video_transformer(*, heads: int = 2, layers: int = 1, seed: int = 0, **kwargs: Any) -> Any:
+    return seeded(
+        diffusers.HunyuanVideoTransformer3DModel,
+        in_channels=kwargs.pop("in_channels", 4),
+        out_channels=4,
+        num_attention_heads=heads,
+        attention_head_dim=16,
+        num_layers=layers,
+        num_single_layers=1,
+        num_refiner_layers=1,
+        patch_size=2,
+        patch_size_t=1,
+        text_embed_dim=16,
+        pooled_projection_dim=8,
+        rope_axes_dim=(4, 6, 6),
+        seed=seed,
+        **kwargs,
+    )
 
 
-CASES = {
-    "cogvideox": Case(cogvideox, TEXT_TOKENS, 1),
-    "cogvideox-sincos": Case(lambda **kw: cogvideox(rotary=False, **kw), TEXT_TOKENS, 1),
+def hunyuan_video_vae() -> Any:
+    return seeded(
+        diffusers.AutoencoderKLHunyuanVideo,
+        latent_channels=4,
+        down_block_types=("HunyuanVideoDownBlock3D",) * 4,
+        up_block_types=("HunyuanVideoUpBlock3D",) * 4,
+        block_out_channels=(8, 8, 8, 8),
+        layers_per_block=1,
+        norm_num_groups=4,
+        spatial_compression_ratio=8,
+        temporal_compression_ratio=4,
+    )
+
+
+def hunyuan_video(
+    pipeline: str = "HunyuanVideoPipeline", parts: dict[str, Any] | None = None, **transformer: Any
+) -> Any:
+    without = dict.fromkeys(("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"))
+    return _quiet(
+        getattr(diffusers, pipeline)(
+            transformer=hunyuan_video_transformer(**transformer),
+            vae=hunyuan_video_vae(),
+            scheduler=FlowMatchEulerDiscreteScheduler(shift=7.0),
+            **without,
+            **(parts or {}),
+        )
+    )
+
+
+def hunyuan_video_embeds(asked: dict[str, Any]) -> dict[str, Any]:
+    """Embeddings instead of prompts; guidance by a second pass."""
+    given = {"true_cfg_scale": asked["guidance_scale"], "guidance_scale": 1.0, "prompt": DROP}
+    for prefix, prompts in (("", asked["prompt"]), ("negative_", asked["negative_prompt"])):
+        embeds, mask = embedded(prompts, 16)
+        given |= {f"{prefix}prompt_embeds": embeds, f"{prefix}prompt_attention_mask": mask}
+        given[f"{prefix}pooled_prompt_embeds"] = embeds[:, 0, :8]
+    return {**given, "negative_prompt": DROP}
+
+
+# LTX-Video
+
+
+def ltx(pipeline: str = "LTXPipeline", **transformer: Any) -> Any:
+    return _quiet(
+        getattr(diffusers, pipeline)(
+            tokenizer=tokenizer(),
+            text_encoder=text_encoder(),
+            vae=seeded(
+                diffusers.AutoencoderKLLTXVideo,
+                latent_channels=8,
+                block_out_channels=(8, 8, 8, 8),
+                decoder_block_out_channels=(8, 8, 8, 8),
+                layers_per_block=(1,) * 5,
+                decoder_layers_per_block=(1,) * 5,
+            ),
+            transformer=seeded(
+                diffusers.LTXVideoTransformer3DModel,
+                **{
+                    "in_channels": 8,
+                    "out_channels": 8,
+                    "num_attention_heads": 2,
+                    "attention_head_dim": 16,
+                    "cross_attention_dim": 32,
+                    "num_layers": 2,
+                    "caption_channels": 32,
+                    **transformer,
+                },
+            ),
+            scheduler=FlowMatchEulerDiscreteScheduler(),
+        )
+    )
+
+
+def _ltx_keyframe(height: int, width: int, frames: int) -> dict[str, Any]:
+    """A frame to begin with, in its place in the grid, and one for later, as tokens in front of the grid."""
+    from diffusers.pipelines.ltx.pipeline_ltx_condition import LTXVideoCondition
+
+    return {"conditions": [LTXVideoCondition(image=picture(height, width), frame_index=index) for index in (0, 8)]}
+
+
+# what there is
+
+
+DROP = object()
+"""Stands for an argument that a pipeline does not take."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One kind of pipeline.
+
+    Attributes:
+        family: Name of its family.
+        pipeline: Name of its class; diffusers versions without it skip the case.
+        build: Makes a fresh one; keyword arguments change its transformer.
+        attentions: Regular expression of the paths of its video self-attentions: the family's, written a second time.
+        layers: Their number in one forward.
+        passes: Forwards of the denoiser in a step with guidance.
+        text: Text tokens in the sequence of a self-attention, of any prompt.
+        padded: Whether as many tokens as the prompt has letters come on top.
+        context_frames: Frames of other tokens (keyframes, history) that come on top.
+        grid: Its token grid for the default inputs.
+        extra: Inputs beyond those that all take, given height, width and frames in pixels.
+        translate: Changes of the inputs that all take, given these.
+        latent_frames_per_token: Depth of a token.
+        frames_per_latent: Frames of a latent but the first.
+        token_pixels: Edge of a token.
+        several: Whether it takes several prompts at once.
+    """
+
+    family: str
+    pipeline: str
+    build: Callable[..., Any]
+    attentions: str
+    layers: int = 2
+    passes: int = 1
+    text: int = 0
+    padded: bool = False
+    context_frames: int = 0
+    grid: tuple[int, int, int] = GRID
+    extra: Callable[[int, int, int], dict[str, Any]] = lambda height, width, frames: {}
+    translate: Callable[[dict[str, Any]], dict[str, Any]] = lambda asked: {}
+    latent_frames_per_token: int = 1
+    frames_per_latent: int = 4
+    token_pixels: int = 16
+    several: bool = True
+
+    def tokens(self, prompt: str = "a cat walks", grid: tuple[int, int, int] | None = None) -> int:
+        """Tokens that self-attention reads."""
+        frames, height, width = grid or self.grid
+        text = self.text + (letters(prompt) if self.padded else 0)
+        return (frames + self.context_frames) * height * width + text
+
+    def inputs(
+        self,
+        *,
+        steps: int = 4,
+        guidance: float = 3.0,
+        grid: tuple[int, int, int] | None = None,
+        seed: int = 0,
+        prompt: str | list[str] = "a cat walks",
+        negative_prompt: str | list[str] = "blurry",
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        """Arguments of a call that gives latents; `grid` in tokens."""
+        frames, height, width = grid or self.grid
+        frames = (frames * self.latent_frames_per_token - 1) * self.frames_per_latent + 1
+        height, width = height * self.token_pixels, width * self.token_pixels
+        asked = {
+            "prompt": prompt,
+            "negative_prompt": negative_prompt,
+            "generator": torch.Generator().manual_seed(seed),
+            "num_inference_steps": steps,
+            "guidance_scale": guidance,
+            "output_type": "latent",
+            "max_sequence_length": TEXT_TOKENS,
+            "height": height,
+            "width": width,
+            "num_frames": frames,
+        }
+        asked |= self.extra(height, width, frames)
+        asked |= self.translate(asked)
+        return {name: value for name, value in {**asked, **kwargs}.items() if value is not DROP}
+
+    def run(self, pipe: Any, **kwargs: Any) -> torch.Tensor:
+        """Latents of one call."""
+        return pipe(**self.inputs(**kwargs)).frames
+
+
+COGVIDEOX = {"family": "CogVideoX", "attentions": r"transformer_blocks\.\d+\.attn1", "text": TEXT_TOKENS}
+WAN = {"family": "Wan", "attentions": r"blocks\.\d+\.attn1", "passes": 2}
+HUNYUAN_VIDEO = {
+    "family": "HunyuanVideo",
+    "attentions": r"(single_)?transformer_blocks\.\d+\.attn",
+    "passes": 2,
+    "padded": True,
+    "translate": hunyuan_video_embeds,
+}
+LTX = {
+    "family": "LTX-Video",
+    "attentions": r"transformer_blocks\.\d+\.attn1",
+    "frames_per_latent": 8,
+    "token_pixels": 32,
+}
+_BASIC = {
+    "cogvideox": Case(pipeline="CogVideoXPipeline", build=cogvideox, **COGVIDEOX),
+    "cogvideox-sincos": Case(
+        pipeline="CogVideoXPipeline", build=lambda **kw: cogvideox(rotary=False, **kw), **COGVIDEOX
+    ),
     "cogvideox1.5": Case(
-        lambda **kw: cogvideox(patch_size_t=2, **kw), TEXT_TOKENS, 1, grid=(2, 6, 7), latent_frames_per_token=2
+        pipeline="CogVideoXPipeline",
+        build=lambda **kw: cogvideox(patch_size_t=2, **kw),
+        grid=(2, 6, 7),
+        latent_frames_per_token=2,
+        **COGVIDEOX,
     ),
     "cogvideox-i2v": Case(
-        lambda **kw: cogvideox(CogVideoXImageToVideoPipeline, in_channels=8, **kw), TEXT_TOKENS, 1, extra=_image
+        pipeline="CogVideoXImageToVideoPipeline",
+        build=lambda **kw: cogvideox(CogVideoXImageToVideoPipeline, in_channels=8, **kw),
+        extra=_image,
+        several=False,
+        **COGVIDEOX,
     ),
-    "cogvideox-v2v": _VideoCase(
-        lambda **kw: cogvideox(CogVideoXVideoToVideoPipeline, **kw), TEXT_TOKENS, 1, extra=_video
+    "cogvideox-v2v": Case(
+        pipeline="CogVideoXVideoToVideoPipeline",
+        build=lambda **kw: cogvideox(CogVideoXVideoToVideoPipeline, **kw),
+        extra=_video,
+        several=False,
+        **COGVIDEOX,
     ),
-    "wan2.1": Case(wan, 0, 2),
-    "wan2.1-i2v": Case(wan_i2v, 0, 2, extra=_wan_image),
-    "wan2.2-a14b": Case(lambda **kw: wan(experts=2, pipeline={"boundary_ratio": 0.875}, **kw), 0, 2),
-    "wan2.2-5b": Case(lambda **kw: wan(in_channels=48, pipeline={"expand_timesteps": True}, **kw), 0, 2),
-}  # fmt: skip
+    "wan2.1": Case(pipeline="WanPipeline", build=wan, **WAN),
+    "wan2.1-i2v": Case(pipeline="WanImageToVideoPipeline", build=wan_i2v, extra=_wan_image, **WAN),
+    "wan2.2-a14b": Case(
+        pipeline="WanPipeline", build=lambda **kw: wan(experts=2, pipeline={"boundary_ratio": 0.875}, **kw), **WAN
+    ),
+    "wan2.2-5b": Case(
+        pipeline="WanPipeline",
+        build=lambda **kw: wan(in_channels=48, pipeline={"expand_timesteps": True}, **kw),
+        **WAN,
+    ),
+}
+_MORE = {
+    "hunyuan-video": Case(pipeline="HunyuanVideoPipeline", build=hunyuan_video, **HUNYUAN_VIDEO),
+    "hunyuan-video-i2v": Case(
+        pipeline="HunyuanVideoImageToVideoPipeline",
+        build=lambda **kw: hunyuan_video(
+            "HunyuanVideoImageToVideoPipeline", {"image_processor": None}, image_condition_type="token_replace", **kw
+        ),
+        extra=_picture,
+        several=False,
+        **HUNYUAN_VIDEO,
+    ),
+    "hunyuan-skyreels-i2v": Case(
+        pipeline="HunyuanSkyreelsImageToVideoPipeline",
+        build=lambda **kw: hunyuan_video("HunyuanSkyreelsImageToVideoPipeline", in_channels=8, **kw),
+        extra=_picture,
+        several=False,
+        **HUNYUAN_VIDEO,
+    ),
+    "ltx": Case(pipeline="LTXPipeline", build=ltx, **LTX),
+    "ltx-i2v": Case(
+        pipeline="LTXImageToVideoPipeline",
+        build=lambda **kw: ltx("LTXImageToVideoPipeline", **kw),
+        extra=_picture,
+        **LTX,
+    ),
+    "ltx-condition": Case(
+        pipeline="LTXConditionPipeline",
+        build=lambda **kw: ltx("LTXConditionPipeline", **kw),
+        extra=_ltx_keyframe,
+        context_frames=1,
+        several=False,
+        **LTX,
+    ),
+}
+
+
+def _available(cases: dict[str, Case]) -> dict[str, Case]:
+    return {name: case for name, case in cases.items() if hasattr(diffusers, case.pipeline)}
+
+
+CASES = _available(_BASIC)
+"""CogVideoX and Wan, on which all the tests run that are not about families."""
+ALL_CASES = _available(_BASIC | _MORE)
+"""At least one of every family that this version of diffusers has: tests/test_families.py runs on all."""
+MISSING = {name: case for name, case in (_BASIC | _MORE).items() if name not in ALL_CASES}
+"""What this version of diffusers does not have."""

@@ -3,14 +3,33 @@
 from __future__ import annotations
 
 import functools
+import importlib
+import re
 from collections import Counter
 from typing import Any
 
 import pytest
-from diffusers.models.attention_processor import CogVideoXAttnProcessor2_0, FusedCogVideoXAttnProcessor2_0
-from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 
+from psa_diffusers import models
 from psa_diffusers.models import processor as ours
+
+SELF_ATTENTIONS = r"(transformer_)?blocks\.\d+\.attn1"  # of CogVideoX and Wan
+
+
+def mirrored() -> dict[str, set[str]]:
+    """The upstream processors that our families mirror, and the digests under which they were read."""
+    return {
+        path: digests for name in models.__all__ for path, digests in getattr(models, name).UPSTREAM_DIGESTS.items()
+    }
+
+
+def find_class(path: str) -> type | None:
+    """The class at a path, None if this version of diffusers has none."""
+    module, name = path.rsplit(".", 1)
+    try:
+        return getattr(importlib.import_module(module), name, None)
+    except ImportError:
+        return None
 
 
 class Watch:
@@ -19,15 +38,25 @@ class Watch:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.calls: list[tuple[float, str]] = []
         self._timestep = float("nan")
-        for upstream in (CogVideoXAttnProcessor2_0, FusedCogVideoXAttnProcessor2_0, WanAttnProcessor):
+        self._attentions: set[Any] = set()
+        for upstream in filter(None, map(find_class, mirrored())):
             monkeypatch.setattr(upstream, "__call__", self._noting_dense(upstream.__call__))
-        monkeypatch.setattr(ours, "psa_attention", self._noting_sparse(ours.psa_attention))
+        for name in ("sparse", "sparse_padded"):
+            call = getattr(ours.FamilyProcessor, name)
+            monkeypatch.setattr(ours.FamilyProcessor, name, self._noting_sparse(call))
 
-    def denoisers(self, pipe: Any) -> None:
-        """Listen to the timesteps of a pipeline's denoisers."""
+    def denoisers(self, pipe: Any, attentions: str = SELF_ATTENTIONS) -> None:
+        """Listen to a pipeline's denoisers.
+
+        Args:
+            pipe: The pipeline.
+            attentions: Regular expression of the paths of the video self-attentions.
+        """
         for denoiser in (pipe.transformer, getattr(pipe, "transformer_2", None)):
             if denoiser is not None:
                 denoiser.register_forward_pre_hook(self._read_timestep, with_kwargs=True)
+                modules = denoiser.named_modules()
+                self._attentions |= {module for path, module in modules if re.fullmatch(attentions, path)}
 
     def steps(self) -> list[Counter]:
         """Calls of each kind in each denoising step, of everything since the last `clear`."""
@@ -47,10 +76,10 @@ class Watch:
 
     def _noting_dense(self, call: Any) -> Any:
         @functools.wraps(call)
-        def wrapped(self_: Any, attn: Any, hidden_states: Any, encoder_hidden_states: Any = None, *args, **kwargs):
-            if encoder_hidden_states is None or not isinstance(self_, WanAttnProcessor):
+        def wrapped(self_: Any, attn: Any, *args: Any, **kwargs: Any):
+            if attn in self._attentions:
                 self.calls.append((self._timestep, "dense"))
-            return call(self_, attn, hidden_states, encoder_hidden_states, *args, **kwargs)
+            return call(self_, attn, *args, **kwargs)
 
         return wrapped
 

@@ -1,5 +1,5 @@
 """The denoiser families. Importing a family's file registers it."""
 
-from psa_diffusers.models import cogvideox, wan
+from psa_diffusers.models import cogvideox, hunyuan_video, ltx, wan
 
-__all__ = ["cogvideox", "wan"]
+__all__ = ["cogvideox", "hunyuan_video", "ltx", "wan"]

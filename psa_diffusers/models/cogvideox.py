@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from psa_diffusers.models.processor import FamilyProcessor
-from psa_diffusers.models.registry import Family, Grid, SectionRule, register
+from psa_diffusers.models.registry import Family, Grid, SectionRule, register_family
 
 UPSTREAM_DIGESTS = {
     "diffusers.models.attention_processor.CogVideoXAttnProcessor2_0": {"87eefdd3d138", "a1ecc57eaf6a"},
@@ -73,7 +73,7 @@ def read_grid(config: Any, inputs: Mapping[str, Any]) -> Grid | None:
     return -(-frames // (config.patch_size_t or 1)), height // config.patch_size, width // config.patch_size
 
 
-def default_processor(attn: nn.Module) -> Any:
+def make_default(config: Any, path: str, attn: nn.Module) -> Any:
     from diffusers.models.attention_processor import CogVideoXAttnProcessor2_0, FusedCogVideoXAttnProcessor2_0
 
     return FusedCogVideoXAttnProcessor2_0() if attn.fused_projections else CogVideoXAttnProcessor2_0()
@@ -91,13 +91,13 @@ def _is_1_0(config: Any, pipe: Any) -> bool:
     return config.patch_size_t is None
 
 
-register(
+register_family(
     Family(
         name="CogVideoX",
         denoisers=("CogVideoXTransformer3DModel",),
         attentions=r"transformer_blocks\.\d+\.attn1",
-        text_first=True,
         read_grid=read_grid,
+        text_first=True,
         sections=(
             SectionRule("demo", None, None, _is_demo),
             SectionRule("CogVideo_2b", 30, 30, _is_1_0),
@@ -105,6 +105,12 @@ register(
             SectionRule("CogVideo1.5_5b", 48, 42, _is_1_5),
         ),
         processor=CogVideoXPSAProcessor,
-        default_processor=default_processor,
+        make_default=make_default,
+        pipelines=(
+            "CogVideoXPipeline",
+            "CogVideoXImageToVideoPipeline",
+            "CogVideoXVideoToVideoPipeline",
+            "CogVideoXFunControlPipeline",
+        ),
     )
 )

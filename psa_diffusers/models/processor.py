@@ -9,7 +9,7 @@ import inspect
 import logging
 import sys
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from psa_diffusers.attention import psa_attention, unsupported_head_dim
-from psa_diffusers.models.registry import Family, find_family, supported, unwrap
-from psa_diffusers.preset import PSAPreset, list_presets, load_preset
+from psa_diffusers.models.registry import Family, Grid, attention_paths, find_family, supported, unwrap
+from psa_diffusers.preset import PSAPreset, list_presets, load_preset, preset_of_key
 from psa_diffusers.report import Recorder
 from psa_diffusers.warmup import WarmupScheduler
 
@@ -88,6 +88,7 @@ class Site:
         family: What is known of its architecture.
         run: The run it belongs to.
         grid: Token grid of the forward that is running, None if its inputs do not tell.
+        text_lengths: Valid text tokens of each sample, ``[B]`` integers on the CPU, where the family has padded text.
     """
 
     def __init__(self, name: str, denoiser: nn.Module, family: Family, run: Run) -> None:
@@ -95,6 +96,7 @@ class Site:
         self.family = family
         self.run = run
         self.grid: tuple[int, int, int] | None = None
+        self.text_lengths: Tensor | None = None
         self._layers = list(family.self_attentions(denoiser))
         self._processors: list[FamilyProcessor] = []
         self._config = denoiser.config
@@ -105,6 +107,8 @@ class Site:
         """Torch's forward pre-hook with keyword arguments. Only shapes are read: tensors may be elsewhere still."""
         inputs = {**dict(zip(self._names, args)), **kwargs}  # noqa: B905 - fewer positional arguments than names
         self.grid = self.family.read_grid(self._config, inputs)
+        if self.family.read_text is not None:
+            self.text_lengths = self.family.read_text(self._config, inputs)
         self.run.before_forward(inputs.get("timestep"))
         if self.run.preset.steps:
             for processor in self._processors:
@@ -165,13 +169,14 @@ class FamilyProcessor:
     def _parallel_config(self, config: Any) -> None:
         self.original._parallel_config = config
 
-    def why_dense(self, attn: nn.Module, hidden_states: Tensor, attention_mask: Tensor | None) -> str:
+    def why_dense(self, attn: nn.Module, hidden_states: Tensor, attention_mask: Any, *, context: bool = False) -> str:
         """Say why this call must be dense; empty if it can be sparse.
 
         Args:
             attn: The attention module.
             hidden_states: Its video tokens ``[B, S, C]``.
-            attention_mask: Its mask.
+            attention_mask: A mask that the sparse path could not honour.
+            context: Whether there may be other tokens (history, keyframes) among the video tokens.
         """
         site, run = self.site, self.site.run
         if not run.is_on:
@@ -180,6 +185,8 @@ class FamilyProcessor:
             return "the preset is dense" if run.preset.type == "dense" else "the preset is dense here"
         if run.clock.dense:
             return run.clock.reason
+        if _scores_are_skipped(attn):
+            return "perturbed attention guidance replaces its attention"
         if attention_mask is not None:
             return "an attention mask is in use"
         if getattr(self.original, "_parallel_config", None) is not None:
@@ -187,41 +194,98 @@ class FamilyProcessor:
         if site.grid is None:
             return "the inputs of the denoiser do not tell the token grid"
         frames, height, width = site.grid
-        if hidden_states.shape[1] != frames * height * width:
+        if hidden_states.shape[1] != frames * height * width and not (context and self.context_tokens(hidden_states)):
             return f"{hidden_states.shape[1]} video tokens do not fill the grid {frames} x {height} x {width}"
         if hidden_states.dtype not in DTYPES:
             return f"the dtype {hidden_states.dtype} is not supported"
-        return unsupported_head_dim(attn.inner_dim // attn.heads) or ""
+        if site.family.read_text is not None:
+            if site.text_lengths is None:
+                return "the padding of the text is not at its end"
+            if len(site.text_lengths) != len(hidden_states):
+                return "something between the denoiser and its layers has changed the batch"
+        return unsupported_head_dim(self.head_dim(attn)) or ""
+
+    def head_dim(self, attn: nn.Module) -> int:
+        """Return the channels of a head."""
+        return attn.inner_dim // attn.heads
+
+    def context_tokens(self, hidden_states: Tensor) -> int:
+        """Return how many of the tokens ``[B, S, C]`` are beyond the grid; 0 if they do not even fill it."""
+        frames, height, width = self.site.grid
+        return max(hidden_states.shape[1] - frames * height * width, 0)
 
     def dense(self, reason: str, tokens: int, attn: nn.Module, *args: Any, **kwargs: Any) -> Any:
         """Run the original processor with exactly the arguments that came."""
         run = self.site.run
         if run.is_on:
             if run.recorder is not None:
-                self._note("dense", reason, 1.0, tokens)
+                self._note("dense", reason, 1.0, tokens, self.site.grid)
             if not run.clock.dense and self.preset.type != "dense":
                 run.say(reason, self.layer)
         return self.original(attn, *args, **kwargs)
 
-    def sparse(self, q: Tensor, k: Tensor, v: Tensor, *, text_tokens: int = 0) -> Tensor:
-        """Run pyramid sparse attention on ``[B, H, L, D]`` views."""
-        site, run = self.site, self.site.run
+    def sparse(self, q: Tensor, k: Tensor, v: Tensor, *, text_tokens: int = 0, grid: Grid | None = None) -> Tensor:
+        """Run pyramid sparse attention.
+
+        Args:
+            q: ``[B, H, L, D]`` view.
+            k: The same.
+            v: The same.
+            text_tokens: Tokens that are not on the grid, in front or behind as the family says.
+            grid: Where these tokens are on another grid than that of the denoiser's inputs.
+        """
+        grid = grid or self.site.grid
+        out, density = self.attend(q, k, v, text_tokens, grid)
+        if density is not None:
+            self._note("sparse", "", density, q.shape[2], grid)
+        return out
+
+    def sparse_padded(self, q: Tensor, k: Tensor, v: Tensor, *, text_tokens: int, text_lengths: Tensor) -> Tensor:
+        """The same for sequences that end in padded text: every sample without its padding, which gets zeros.
+
+        What becomes of padding does not matter: no token of a later layer reads it.
+
+        Args:
+            q: ``[B, H, L, D]`` view.
+            k: The same.
+            v: The same.
+            text_tokens: Tokens of text at the end, padding included.
+            text_lengths: How many of them are valid, ``[B]`` integers on the CPU.
+        """
+        grid, densities = self.site.grid, []
+        if torch.compiler.is_compiling() and self.site.run.recorder is None:
+            # one graph for texts of any length: what depends on the length stands inside the operator
+            q, k = q.to(v.dtype), k.to(v.dtype)
+            return _padded_op(q, k, v, text_lengths, self.preset.key, list(grid), text_tokens)
+
+        def attend(q: Tensor, k: Tensor, v: Tensor, text_tokens: int) -> Tensor:
+            out, density = self.attend(q, k, v, text_tokens, grid)
+            densities.append(density)
+            return out
+
+        out = _without_padding(attend, q, k, v, text_lengths, text_tokens)
+        if densities[0] is not None:
+            tokens = q.shape[2] - text_tokens + int(text_lengths.max())
+            self._note("sparse", "", torch.stack(densities).mean(), tokens, grid)
+        return out
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, text_tokens: int, grid: Grid) -> tuple[Tensor, Tensor | None]:
+        """Return what attention gives, and its density if that is to be recorded."""
         # autocast keeps norms in float32; dense attention would cast back as well
         q, k = q.to(v.dtype), k.to(v.dtype)
-        place = {"grid": site.grid, "text_tokens": text_tokens, "text_first": site.family.text_first}
-        if run.recorder is None:
-            return psa_attention(q, k, v, self.preset, **place)
-        return self._sparse_noted(q, k, v, place)
+        place = {"grid": grid, "text_tokens": text_tokens, "text_first": self.site.family.text_first}
+        if self.site.run.recorder is None:
+            return psa_attention(q, k, v, self.preset, **place), None
+        return self._attend_measured(q, k, v, place)
 
     # what is recorded changes with every call: compiled, it would be compiled again and again
     @torch.compiler.disable
-    def _sparse_noted(self, q: Tensor, k: Tensor, v: Tensor, place: dict[str, Any]) -> Tensor:
+    def _attend_measured(self, q: Tensor, k: Tensor, v: Tensor, place: dict[str, Any]) -> tuple[Tensor, Tensor]:
         out, schedule = psa_attention(q, k, v, self.preset, **place, return_schedule=True)
-        self._note("sparse", "", schedule.density(), q.shape[2])
-        return out
+        return out, schedule.density()
 
     @torch.compiler.disable
-    def _note(self, kind: str, reason: str, density: float | Tensor, tokens: int) -> None:
+    def _note(self, kind: str, reason: str, density: float | Tensor, tokens: int, grid: Grid | None) -> None:
         site = self.site
         site.run.recorder.note(
             step=site.run.clock.step,
@@ -231,8 +295,45 @@ class FamilyProcessor:
             reason=reason,
             density=density,
             tokens=tokens,
-            grid=site.grid,
+            grid=grid,
         )
+
+
+def _without_padding(
+    attend: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor, text_lengths: Tensor, text_tokens: int
+) -> Tensor:
+    """Attend to the valid part of every sample, samples of one length at once."""
+    lengths = text_lengths.tolist()
+    alike = len(set(lengths)) == 1
+    outs = []
+    for samples in [slice(None)] if alike else [slice(i, i + 1) for i in range(len(lengths))]:
+        valid = lengths[samples][0]
+        padding = text_tokens - valid
+        parts = (x[samples, :, : x.shape[2] - padding] for x in (q, k, v))
+        outs.append(nn.functional.pad(attend(*parts, valid), (0, 0, 0, padding)))
+    return torch.cat(outs)
+
+
+@torch.library.custom_op("psa_diffusers::psa_attention_padded", mutates_args=())
+def _padded_op(
+    q: Tensor, k: Tensor, v: Tensor, text_lengths: Tensor, preset_key: str, grid: list[int], text_tokens: int
+) -> Tensor:
+    def attend(q: Tensor, k: Tensor, v: Tensor, text_tokens: int) -> Tensor:
+        preset = preset_of_key(preset_key)
+        return psa_attention(q, k, v, preset, grid=tuple(grid), text_tokens=text_tokens, text_first=False)
+
+    return _without_padding(attend, q, k, v, text_lengths, text_tokens).contiguous()
+
+
+@_padded_op.register_fake
+def _(q, k, v, text_lengths, preset_key, grid, text_tokens):
+    return q.new_empty(q.shape)
+
+
+def _scores_are_skipped(attn: nn.Module) -> bool:
+    """Return whether a hook of diffusers has torch's attention return the values, which only the original calls."""
+    hooks = getattr(getattr(attn, "_diffusers_hook", None), "hooks", None) or {}
+    return any(getattr(hook, "skip_attention_scores", False) for hook in hooks.values())
 
 
 def resolve_preset(
@@ -269,8 +370,8 @@ def resolve_preset(
     resolved = load_preset(section, preset, config=config, **overrides)
     title = f"PSA preset {resolved.name!r} of section {section}"
     if not is_exact:
-        size = f"{denoiser.config.num_attention_heads} heads and {denoiser.config.num_layers} layers"
-        title += f", the nearest one: no section was made for {size}"
+        heads, layers = family.read_size(denoiser.config)
+        title += f", the nearest one: no section was made for {heads} heads and {layers} layers"
     return resolved, title
 
 
@@ -355,12 +456,18 @@ class PSAProcessor:
         site = Site(type(denoiser).__name__ + suffix, denoiser, family, run)
 
         ours = [part for part in denoiser.modules() if getattr(part, "processor", None) is self]
-        paths = {part: path for path, part in family.self_attentions(denoiser).items()}
+        paths = {part: path for path, part in attention_paths(denoiser).items()}
+        sparse = family.self_attentions(denoiser)
         for part in ours:
-            original = family.default_processor(part)
-            self._processors[part] = family.processor(paths[part], original, site) if part in paths else original
+            path = paths[part]
+            original = family.default_processor(denoiser, path, part)
+            self._processors[part] = family.processor(path, original, site) if path in sparse else original
+
+        home = weakref.ref(denoiser)
 
         def before_forward(denoiser: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+            if home() is not denoiser:
+                return  # a deep copy has our hook, but processors of its own
             if any(part.processor is self for part in ours):
                 site.before_forward(denoiser, args, kwargs)
                 return

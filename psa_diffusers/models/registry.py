@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 Grid = tuple[int, int, int]
 """Frames, height, width in tokens."""
@@ -20,21 +20,26 @@ class SectionRule:
 
     Attributes:
         section: Name of the section.
-        heads: `num_attention_heads` of the published size; None if `fits` alone decides.
-        layers: `num_layers` of the published size; None likewise.
+        heads: Heads of the published size, as `Family.read_size` counts them; None if `fits` alone decides.
+        layers: Layers of the published size; None likewise.
         fits: Whether a denoiser with this config, in this pipeline (None if there is none), may be this model at all.
     """
 
     section: str
-    heads: int | None
-    layers: int | None
+    heads: int | None = None
+    layers: int | None = None
     fits: Callable[[Any, Any], bool] = lambda config, pipe: True
 
-    def distance(self, config: Any) -> float:
-        """0 for the published size, larger the further `config` is from it; a factor of two in width counts 0.7."""
+    def distance(self, size: tuple[int, int]) -> float:
+        """0 for the published size, larger the further `size` is from it; a factor of two in width counts 0.7."""
         if self.heads is None or self.layers is None:
             return 0.0
-        return abs(math.log(config.num_attention_heads / self.heads)) + abs(math.log(config.num_layers / self.layers))
+        return abs(math.log(size[0] / self.heads)) + abs(math.log(size[1] / self.layers))
+
+
+def read_size(config: Any) -> tuple[int, int]:
+    """Heads and layers under the names that most denoisers give them."""
+    return config.num_attention_heads, config.num_layers
 
 
 @dataclass(frozen=True)
@@ -45,27 +50,44 @@ class Family:
         name: For people.
         denoisers: Class names. Names, because diffusers copies classes between files.
         attentions: Regular expression for the module path of the video self-attentions.
-        text_first: Whether a joint sequence has its text in front; True where there is no text in the sequence.
         read_grid: `(config, inputs of forward by name)` to the token grid, None if these inputs do not tell.
-        sections: Sizes with presets of their own, the first that fits exactly wins.
-        processor: `(layer, original, site)` to the family's sparse processor.
-        default_processor: Attention module to the processor that diffusers would give it.
+        processor: `(layer, original, site)` to the family's sparse processor, a subclass of `FamilyProcessor`.
+        text_first: Whether a joint sequence has its text in front; True where there is no text in the sequence.
+        read_text: `(config, inputs of forward by name)` to the number of valid text tokens of each sample, ``[B]``
+            integers on the CPU, None if the padding is not at the end; for sequences that end in padded text.
+        sections: Sizes with presets of their own, the first that fits exactly wins. None: the section `default`.
+        read_size: Config to heads and layers, by which `sections` are told apart.
+        make_default: `(config, path, attention)` to the processor that diffusers would give an attention of the
+            denoiser; needed where the attention's class does not know (`_default_processor_cls`).
+        pipelines: Class names of the diffusers pipelines that run it. For docs/families.md, as the next two.
+        sparse: What runs sparse.
+        dense: What runs dense although PSA is on, and why.
     """
 
     name: str
     denoisers: tuple[str, ...]
     attentions: str
-    text_first: bool
     read_grid: Callable[[Any, Mapping[str, Any]], Grid | None]
-    sections: Sequence[SectionRule]
     processor: Callable[..., Any]
-    default_processor: Callable[[nn.Module], Any]
+    text_first: bool = True
+    read_text: Callable[[Any, Mapping[str, Any]], Tensor | None] | None = None
+    sections: Sequence[SectionRule] = ()
+    read_size: Callable[[Any], tuple[int, int]] = read_size
+    make_default: Callable[[Any, str, nn.Module], Any] | None = None
+    pipelines: tuple[str, ...] = ()
+    sparse: str = "every video self-attention"
+    dense: str = ""
 
     def self_attentions(self, denoiser: nn.Module) -> dict[str, nn.Module]:
         """Return the modules to make sparse by their path, in the order of the model."""
-        # blocks compiled one by one stand in a wrapper of that name
-        paths = {name.replace("_orig_mod.", ""): module for name, module in denoiser.named_modules()}
+        paths = attention_paths(denoiser)
         return {path: module for path, module in paths.items() if re.fullmatch(self.attentions, path)}
+
+    def default_processor(self, denoiser: nn.Module, path: str, attention: nn.Module) -> Any:
+        """Return a new processor such as diffusers would give the attention at `path`."""
+        if self.make_default is not None:
+            return self.make_default(denoiser.config, path, attention)
+        return attention._default_processor_cls()
 
     def section_of(self, denoiser: nn.Module, pipe: Any = None) -> tuple[str, bool]:
         """Find the presets of a denoiser from its own config.
@@ -77,17 +99,47 @@ class Family:
         Returns:
             Name of the section, and whether it was made for this very size (else it is the nearest).
         """
-        config = denoiser.config
+        if not self.sections:
+            return "default", True
+        config, size = denoiser.config, self.read_size(denoiser.config)
         rules = [rule for rule in self.sections if rule.fits(config, pipe)] or self.sections
-        nearest = min(rules, key=lambda rule: rule.distance(config))
-        return nearest.section, nearest.distance(config) == 0
+        nearest = min(rules, key=lambda rule: rule.distance(size))
+        return nearest.section, nearest.distance(size) == 0
 
 
 _FAMILIES: dict[str, Family] = {}
 
+_FACTORISED = "its attention is split into a spatial and a temporal part, so there are no long video sequences"
+_BLOCK_MASKS = "its attention is sparse already: it runs block masks of its own through FlexAttention"
+_LINEAR = "its attention is linear: there are no scores that could be left out"
+CANNOT_GAIN = {
+    "AnyFlowFARTransformer3DModel": "it generates frame by frame with a causal block mask and a cache of keys",
+    "I2VGenXLUNet": _FACTORISED,
+    "Kandinsky6SRTransformer3DModel": _BLOCK_MASKS,
+    "LatteTransformer3DModel": _FACTORISED,
+    "SanaVideoTransformer3DModel": _LINEAR,
+    "SanaWMTransformer3DModel": _LINEAR,
+    "UNet3DConditionModel": _FACTORISED,
+    "UNetMotionModel": _FACTORISED,
+    "UNetSpatioTemporalConditionModel": _FACTORISED,
+    "WanAnimate2Transformer3DModel": _BLOCK_MASKS,
+}
+"""Video denoisers that PSA cannot make faster, and why."""
 
-def register(family: Family) -> Family:
-    """Add a family.
+
+def attention_paths(denoiser: nn.Module) -> dict[str, nn.Module]:
+    """Return all modules by path, as if no block had been compiled on its own."""
+    return {name.replace("_orig_mod.", ""): module for name, module in denoiser.named_modules()}
+
+
+def register_family(family: Family) -> Family:
+    """Teach PSA a denoiser architecture; `enable_psa` then knows every pipeline that has such a denoiser.
+
+    Args:
+        family: What there is to know. docs/adding_a_model.md shows one.
+
+    Returns:
+        The family, so that a module can keep it.
 
     Raises:
         ValueError: If one of its denoiser classes belongs to another family already. Nothing is registered then.
@@ -125,11 +177,20 @@ def family_of(denoiser: nn.Module) -> Family:
     """
     family = find_family(unwrap(denoiser))
     if family is None:
-        raise TypeError(f"PSA does not know {type(unwrap(denoiser)).__name__}. {supported()}")
+        raise TypeError(f"PSA does not know {type(unwrap(denoiser)).__name__}. {supported([denoiser])}")
     return family
 
 
-def supported() -> str:
-    """Return the sentence that ends every message about an unknown model."""
+def supported(refused: Iterable[object] = ()) -> str:
+    """Return the sentences that end every message about an unknown model.
+
+    Args:
+        refused: What is unknown. If PSA cannot help one of these denoisers, the sentence says why; else it lists what
+            PSA knows.
+    """
+    for denoiser in refused:
+        for cls in type(unwrap(denoiser)).__mro__:
+            if cls.__name__ in CANNOT_GAIN:
+                return f"PSA cannot make {cls.__name__} faster: {CANNOT_GAIN[cls.__name__]}"
     known = ", ".join(f"{denoiser} ({family.name})" for denoiser, family in sorted(_FAMILIES.items()))
     return f"Supported denoisers: {known}. To add one, see docs/adding_a_model.md"

@@ -1,77 +1,17 @@
-"""Wan 2.1 and 2.2, all sizes, one or two experts: video tokens only; text and image enter by cross-attention.
-
-Mirrors `WanAttnProcessor` of diffusers/models/transformers/transformer_wan.py, one call changed.
-"""
+"""Wan 2.1 and 2.2, all sizes, one or two experts, and Lucy-Edit, which is Wan 2.2 5B with a video to edit."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
-import torch
-from torch import Tensor, nn
-
-from psa_diffusers.models.processor import FamilyProcessor
-from psa_diffusers.models.registry import Family, Grid, SectionRule, register
+from psa_diffusers.models.grid import read_latents
+from psa_diffusers.models.registry import Family, SectionRule, register_family
+from psa_diffusers.models.wan_attention import WanPSAProcessor
 
 UPSTREAM_DIGESTS = {
     "diffusers.models.transformers.transformer_wan.WanAttnProcessor": {"921f720201c2", "3cb730668e36", "13c09feedcfe"},
 }
 """Start of the SHA-256 of the source of `__call__` in the diffusers versions that were read and tested."""
-
-
-class WanPSAProcessor(FamilyProcessor):
-    """Pyramid sparse self-attention of a Wan block."""
-
-    def __call__(
-        self,
-        attn: nn.Module,
-        hidden_states: Tensor,
-        encoder_hidden_states: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        rotary_emb: tuple[Tensor, Tensor] | None = None,
-    ) -> Tensor:
-        reason = self.why_dense(attn, hidden_states, attention_mask)
-        if encoder_hidden_states is not None:
-            reason = "cross-attention"
-        if reason:
-            tokens = hidden_states.shape[1]
-            return self.dense(reason, tokens, attn, hidden_states, encoder_hidden_states, attention_mask, rotary_emb)
-        if getattr(attn, "fused_projections", False):
-            q, k, v = attn.to_qkv(hidden_states).chunk(3, dim=-1)
-        else:
-            q, k, v = attn.to_q(hidden_states), attn.to_k(hidden_states), attn.to_v(hidden_states)
-        q, k = attn.norm_q(q), attn.norm_k(k)
-        q, k, v = (x.unflatten(2, (attn.heads, -1)) for x in (q, k, v))
-        if rotary_emb is not None:
-            q, k = rotate(q, *rotary_emb), rotate(k, *rotary_emb)
-
-        out = self.sparse(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
-        out = out.transpose(1, 2).flatten(2).type_as(q)
-        return attn.to_out[1](attn.to_out[0](out))
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn neighbouring channels of `[B, L, H, D]` by the angles of `[1, L, 1, D]`; each angle stands there twice."""
-    even, odd = x[..., 0::2], x[..., 1::2]
-    cos, sin = cos[..., 0::2], sin[..., 1::2]
-    out = torch.empty_like(x)
-    out[..., 0::2] = even * cos - odd * sin
-    out[..., 1::2] = even * sin + odd * cos
-    return out
-
-
-def read_grid(config: Any, inputs: Mapping[str, Any]) -> Grid | None:
-    """Latents `(B, C, F, H, W)` in patches."""
-    latents = inputs.get("hidden_states")
-    if latents is None or latents.ndim != 5:
-        return None
-    frames, height, width = (size // patch for size, patch in zip(latents.shape[2:], config.patch_size, strict=True))
-    return frames, height, width
-
-
-def default_processor(attn: nn.Module) -> Any:
-    return attn._default_processor_cls()
 
 
 def _has_experts(config: Any, pipe: Any) -> bool:
@@ -84,20 +24,20 @@ def _has_experts(config: Any, pipe: Any) -> bool:
 
 
 def _is_ti2v(config: Any, pipe: Any) -> bool:
-    return config.in_channels == 48
+    """Latents of 48 channels; Lucy-Edit has those of the given video beside them."""
+    return config.in_channels in (48, 96)
 
 
 def _is_2_1(config: Any, pipe: Any) -> bool:
     return not _has_experts(config, pipe) and not _is_ti2v(config, pipe)
 
 
-register(
+register_family(
     Family(
         name="Wan",
         denoisers=("WanTransformer3DModel",),
         attentions=r"blocks\.\d+\.attn1",
-        text_first=True,
-        read_grid=read_grid,
+        read_grid=read_latents,
         sections=(
             SectionRule("Wan2.1_1.3b", 12, 30, _is_2_1),
             SectionRule("Wan2.1_14b", 40, 40, _is_2_1),
@@ -105,6 +45,7 @@ register(
             SectionRule("Wan2.2_A14B", 40, 40, _has_experts),
         ),
         processor=WanPSAProcessor,
-        default_processor=default_processor,
+        pipelines=("WanPipeline", "WanImageToVideoPipeline", "WanVideoToVideoPipeline", "LucyEditPipeline"),
+        sparse="every video self-attention, of both experts where there are two",
     )
 )

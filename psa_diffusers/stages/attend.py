@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from psa_diffusers.layout import Layout
+from psa_diffusers.stages.masked import MASK_BYTES, attend_masked, mask_bytes
 from psa_diffusers.stages.pyramid import Pyramid
 from psa_diffusers.stages.schedule import Schedule
 
@@ -45,6 +46,9 @@ def attend(
     Returns:
         ``[B, H, L, D]`` in the order and dtype of q. A row that keeps nothing is 0.
     """
+    is_training = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
+    if is_training and q.is_cuda and mask_bytes(q, pyramid, layout) <= MASK_BYTES:
+        return attend_masked(q, k, v, pyramid, schedule, layout, scale=scale, variance_cap=variance_cap)
     out = torch.zeros_like(q)
     tables = _row_tables(pyramid, layout)
     for b, h in ((b, h) for b in range(q.shape[0]) for h in range(q.shape[1])):

@@ -1,0 +1,110 @@
+"""The self-attention of HunyuanVideo and its relatives: video and then padded text in one sequence.
+
+Mirrors `HunyuanVideoAttnProcessor2_0` of diffusers/models/transformers/transformer_hunyuan_video.py, one call changed.
+The processors of HunyuanVideo 1.5 and Motif-Video do the same, but for the mask that they make of the padding: here
+padding is left out of the sequence, so no mask is needed, and that of HunyuanVideo 1.5, ``[B, 1, L, L]``, is not made.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from psa_diffusers.models.processor import FamilyProcessor
+
+
+class JointPSAProcessor(FamilyProcessor):
+    """Pyramid sparse self-attention of a block with one stream (one projection for all) or two.
+
+    Attributes:
+        has_context: Whether history stands before the video in the sequence. Like text, it reads and is read at full
+            resolution.
+    """
+
+    has_context = False
+
+    def __call__(
+        self,
+        attn: nn.Module,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        image_rotary_emb: tuple[Tensor, Tensor] | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        text = encoder_hidden_states.shape[1]
+        reason = self.why_dense(attn, hidden_states, None, context=self.has_context)
+        if reason:
+            return self.dense(
+                reason,
+                hidden_states.shape[1] + text,
+                attn,
+                hidden_states,
+                encoder_hidden_states=encoder_hidden_states,
+                attention_mask=attention_mask,
+                image_rotary_emb=image_rotary_emb,
+            )
+        context = self.context_tokens(hidden_states)
+        q, k, v = project(attn, hidden_states, encoder_hidden_states, image_rotary_emb)
+        # PSA wants the video in front and all that is read in full behind it
+        q, k, v = (roll(x, context, x.shape[1] - text).transpose(1, 2) for x in (q, k, v))
+        lengths = self.site.text_lengths + context
+        out = self.sparse_padded(q, k, v, text_tokens=text + context, text_lengths=lengths)
+
+        out = out.transpose(1, 2)
+        out = roll(out, out.shape[1] - text - context, out.shape[1] - text).flatten(2)
+        video, text = out[:, :-text], out[:, -text:]
+        if getattr(attn, "to_out", None) is not None:
+            video = attn.to_out[1](attn.to_out[0](video))
+        if getattr(attn, "to_add_out", None) is not None:
+            text = attn.to_add_out(text)
+        return video, text
+
+
+def project(
+    attn: nn.Module, video: Tensor, text: Tensor, rotary: tuple[Tensor, Tensor] | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return q, k and v ``[B, L, H, D]`` of video and then text; only the video is rotated."""
+    if attn.add_q_proj is None:
+        tokens = torch.cat([video, text], dim=1)
+        q, k, v = (to(tokens).unflatten(2, (attn.heads, -1)) for to in (attn.to_q, attn.to_k, attn.to_v))
+        q, k = norm(attn.norm_q, q), norm(attn.norm_k, k)
+        length = video.shape[1]
+        q, k = (torch.cat([rotate(x[:, :length], rotary), x[:, length:]], dim=1) for x in (q, k))
+        return q, k, v
+    q, k, v = (to(video).unflatten(2, (attn.heads, -1)) for to in (attn.to_q, attn.to_k, attn.to_v))
+    q, k = rotate(norm(attn.norm_q, q), rotary), rotate(norm(attn.norm_k, k), rotary)
+    added = (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj)
+    text_q, text_k, text_v = (to(text).unflatten(2, (attn.heads, -1)) for to in added)
+    text_q, text_k = norm(attn.norm_added_q, text_q), norm(attn.norm_added_k, text_k)
+    return torch.cat([q, text_q], dim=1), torch.cat([k, text_k], dim=1), torch.cat([v, text_v], dim=1)
+
+
+def norm(module: nn.Module | None, x: Tensor) -> Tensor:
+    return x if module is None else module(x)
+
+
+def rotate(x: Tensor, rotary: tuple[Tensor, Tensor] | None) -> Tensor:
+    from diffusers.models.embeddings import apply_rotary_emb
+
+    return x if rotary is None else apply_rotary_emb(x, rotary, sequence_dim=1)
+
+
+def roll(x: Tensor, first: int, end: int) -> Tensor:
+    """Move the first tokens of ``[B, L, ...]`` behind those up to `end`."""
+    return torch.cat([x[:, first:end], x[:, :first], x[:, end:]], dim=1) if 0 < first < end else x
+
+
+def count_valid(masks: Tensor) -> Tensor | None:
+    """Return the valid tokens of each sample ``[B]`` on the CPU; None if a mask ``[B, S]`` has padding before them."""
+    masks = masks.bool().cpu()
+    lengths = masks.sum(1)
+    padded_behind = masks == (torch.arange(masks.shape[1]) < lengths[:, None])
+    return lengths if padded_behind.all() else None
+
+
+def read_mask(config: Any, inputs: Mapping[str, Any]) -> Tensor | None:
+    """Valid text tokens, where the denoiser takes any mask for one of so many tokens in front."""
+    return inputs["encoder_attention_mask"].sum(1, dtype=torch.int).cpu()

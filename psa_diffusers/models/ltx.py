@@ -1,0 +1,83 @@
+"""LTX-Video: video tokens only, keyframes in front of them; text enters by cross-attention.
+
+Mirrors `LTXVideoAttnProcessor` of diffusers/models/transformers/transformer_ltx.py, one call changed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from psa_diffusers.models.grid import read_coordinates
+from psa_diffusers.models.processor import FamilyProcessor
+from psa_diffusers.models.registry import Family, Grid, SectionRule, register_family
+
+UPSTREAM_DIGESTS = {
+    "diffusers.models.transformers.transformer_ltx.LTXVideoAttnProcessor": {
+        "cfbc4d1b5d5e",
+        "e45c9370c217",
+        "cac2aabbea3a",
+    },
+}
+"""Start of the SHA-256 of the source of `__call__` in the diffusers versions that were read and tested."""
+
+
+class LTXPSAProcessor(FamilyProcessor):
+    """Pyramid sparse self-attention of an LTX-Video block."""
+
+    def __call__(
+        self,
+        attn: nn.Module,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        image_rotary_emb: tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor:
+        reason = self.why_dense(attn, hidden_states, attention_mask, context=True)
+        if encoder_hidden_states is not None:
+            reason = "cross-attention"
+        if reason:
+            tokens = hidden_states.shape[1]
+            arguments = (hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb)
+            return self.dense(reason, tokens, attn, *arguments)
+        q, k, v = attn.to_q(hidden_states), attn.to_k(hidden_states), attn.to_v(hidden_states)
+        q, k = attn.norm_q(q), attn.norm_k(k)
+        if image_rotary_emb is not None:
+            from diffusers.models.transformers.transformer_ltx import apply_rotary_emb
+
+            q, k = apply_rotary_emb(q, image_rotary_emb), apply_rotary_emb(k, image_rotary_emb)
+        q, k, v = (x.unflatten(2, (attn.heads, -1)).transpose(1, 2) for x in (q, k, v))
+
+        out = self.sparse(q, k, v, text_tokens=self.context_tokens(hidden_states))
+        out = out.transpose(1, 2).flatten(2).to(q.dtype)
+        return attn.to_out[1](attn.to_out[0](out))
+
+
+def read_grid(config: Any, inputs: Mapping[str, Any]) -> Grid | None:
+    """Sizes in tokens; where keyframes may precede the grid there are positions instead."""
+    if inputs.get("video_coords") is not None:
+        return read_coordinates(inputs["video_coords"][0])
+    sizes = tuple(inputs.get(name) for name in ("num_frames", "height", "width"))
+    return None if None in sizes else sizes
+
+
+register_family(
+    Family(
+        name="LTX-Video",
+        denoisers=("LTXVideoTransformer3DModel",),
+        attentions=r"transformer_blocks\.\d+\.attn1",
+        read_grid=read_grid,
+        text_first=True,
+        sections=(SectionRule("LTX-Video", 32, 28), SectionRule("LTX-Video", 32, 48)),
+        processor=LTXPSAProcessor,
+        pipelines=(
+            "LTXPipeline",
+            "LTXImageToVideoPipeline",
+            "LTXConditionPipeline",
+            "LTXI2VLongMultiPromptPipeline",
+        ),
+        sparse="every video self-attention; keyframes given as tokens of their own are read in full",
+    )
+)

@@ -1,0 +1,53 @@
+"""The self-attention of Wan and of the models made from it: video tokens only; text and image enter elsewhere.
+
+Mirrors `WanAttnProcessor` of diffusers/models/transformers/transformer_wan.py, of which diffusers keeps copies for
+other models, one call changed.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from psa_diffusers.models.processor import FamilyProcessor
+
+
+class WanPSAProcessor(FamilyProcessor):
+    """Pyramid sparse self-attention of a Wan block."""
+
+    def __call__(
+        self,
+        attn: nn.Module,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        rotary_emb: tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor:
+        reason = self.why_dense(attn, hidden_states, attention_mask)
+        if encoder_hidden_states is not None:
+            reason = "cross-attention"
+        if reason:
+            tokens = hidden_states.shape[1]
+            return self.dense(reason, tokens, attn, hidden_states, encoder_hidden_states, attention_mask, rotary_emb)
+        if getattr(attn, "fused_projections", False):
+            q, k, v = attn.to_qkv(hidden_states).chunk(3, dim=-1)
+        else:
+            q, k, v = attn.to_q(hidden_states), attn.to_k(hidden_states), attn.to_v(hidden_states)
+        q, k = attn.norm_q(q), attn.norm_k(k)
+        q, k, v = (x.unflatten(2, (attn.heads, -1)) for x in (q, k, v))
+        if rotary_emb is not None:
+            q, k = rotate(q, *rotary_emb), rotate(k, *rotary_emb)
+
+        out = self.sparse(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
+        out = out.transpose(1, 2).flatten(2).type_as(q)
+        return attn.to_out[1](attn.to_out[0](out))
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn neighbouring channels of ``[B, L, H, D]`` by the angles of ``[1, L, 1, D]``; each angle is there twice."""
+    even, odd = x[..., 0::2], x[..., 1::2]
+    cos, sin = cos[..., 0::2], sin[..., 1::2]
+    out = torch.empty_like(x)
+    out[..., 0::2] = even * cos - odd * sin
+    out[..., 1::2] = even * sin + odd * cos
+    return out

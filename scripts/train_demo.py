@@ -1,0 +1,258 @@
+"""Train a miniature video model in exactly the architecture of CogVideoX or Wan, on clips that are drawn as it trains.
+
+    python scripts/train_demo.py --family cogvideox --minutes 5 --output runs/cogvideox       one GPU
+    accelerate launch scripts/train_demo.py --family wan --minutes 5 --output runs/wan        several
+    python scripts/train_demo.py --family wan --preset small --minutes 20 --output runs/wan   a CPU: shapes that move
+
+First the VAE, then transformer and text encoder together. The clock decides: whatever there is when the time is up is
+saved, as averaged weights in half precision, in a folder that `from_pretrained` loads (OUTPUT/pipeline), with the
+training curve beside it (OUTPUT/curve.json). Started again with the same OUTPUT, it goes on where it stopped.
+"""
+
+import argparse
+import copy
+import itertools
+import json
+import random
+import sys
+import time
+from pathlib import Path
+
+
+def parse(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--family", choices=("cogvideox", "wan"), required=True)
+    parser.add_argument(
+        "--preset", choices=("miniature", "small", "toy"), default="miniature", help="size of the model"
+    )
+    parser.add_argument("--output", type=Path, required=True, help="folder for the pipeline, the curve and the state")
+    parser.add_argument("--vae_minutes", type=float, default=1.0, help="of training the VAE (default: 1)")
+    parser.add_argument("--minutes", type=float, default=4.0, help="of training the transformer (default: 4)")
+    parser.add_argument("--init", type=Path, help="folder of a pipeline of this size whose weights to start from")
+    parser.add_argument("--keep_vae", action="store_true", help="do not train the VAE of --init any further")
+    parser.add_argument("--max_steps", type=int, help="stop each part after so many steps, whatever the clock says")
+    parser.add_argument("--compile", action="store_true", help="compile the blocks: faster steps, a slower start")
+    parser.add_argument("--learning_rate", type=float, help="highest one of the transformer (default: the preset's)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--cpu", action="store_true", help="train on the CPU even if there is a GPU")
+    parser.add_argument("--log_every", type=float, default=20.0, help="seconds between two lines (default: 20)")
+    args = parser.parse_args(argv)
+    if args.keep_vae and args.init is None:
+        parser.error("--keep_vae means something with --init only")
+    return args
+
+
+def main(argv=None):
+    args = parse(argv)
+    import torch  # late: --help answers at once
+    from accelerate import Accelerator
+    from accelerate.utils import set_seed
+
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    accelerator = Accelerator(cpu=args.cpu)
+    set_seed(args.seed)
+    args.output.mkdir(parents=True, exist_ok=True)
+    job = Job(args, accelerator)
+    job.train_vae()
+    job.train_transformer()
+    job.finish()
+    return 0
+
+
+class Job:
+    """One miniature: its parts, its clock, its curve."""
+
+    def __init__(self, args, accelerator):
+        import _miniature
+        import torch
+
+        self.args, self.accelerator, self.device = args, accelerator, accelerator.device
+        self.family, self.size = _miniature.FAMILIES[args.family], _miniature.SIZES[args.preset]
+        self.dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
+        self.rng = random.Random(f"{args.seed} {accelerator.process_index}")
+        self.generator = torch.Generator(self.device).manual_seed(args.seed * 1000 + accelerator.process_index)
+        self.pipe = _miniature.build_pipeline(self.family, self.size)
+        self.path = args.output / "state.pt"
+        self.state = torch.load(self.path, map_location="cpu", weights_only=True) if self.path.is_file() else {}
+        self.curve = self.state.get("curve", [])
+        if self.state:
+            self.say(f"going on from {self.path}: {len(self.curve)} points of the curve")
+        elif args.init is not None:
+            start = type(self.pipe).from_pretrained(args.init)
+            for name in ("vae", "transformer", "text_encoder"):
+                getattr(self.pipe, name).load_state_dict(getattr(start, name).state_dict())
+            self.pipe.vae.register_to_config(**{
+                key: start.vae.config[key] for key in ("scaling_factor", "latents_mean", "latents_std")
+                if start.vae.config.get(key) is not None
+            })  # fmt: skip
+            self.say(f"starting from {args.init}")
+
+    def say(self, text):
+        if self.accelerator.is_main_process:
+            print(f"{self.args.family}: {text}", flush=True)
+
+    def clips(self, number, *, frames, pixels):
+        """Scenes, and the clips ``[B, 3, F, H, W]`` that show them."""
+        import _world
+
+        scenes = [_world.draw_scene(self.rng) for _ in range(number)]
+        packed = {key: value.to(self.device) for key, value in _world.pack(scenes, self.rng).items()}
+        return scenes, _world.render(packed, frames=frames, size=pixels)
+
+    # --- the VAE
+
+    def train_vae(self):
+        import _miniature
+        import torch
+        import torch.nn.functional as F
+        from _training import Clock, set_rate
+
+        vae = self.pipe.vae.to(self.device)
+        if "vae" in self.state:
+            vae.load_state_dict(self.state["vae"])
+            vae.register_to_config(**self.state["vae_config"])
+        if self.args.keep_vae or self.state.get("vae_done"):
+            return
+        vae.train()
+        trained = self.accelerator.prepare(_miniature.AutoEncoder(vae))
+        optimizer = torch.optim.AdamW(vae.parameters(), lr=1.0, betas=(0.9, 0.99), weight_decay=0.0)
+        frames = min(17, self.size.frames)
+        clock = Clock(self, "vae", self.args.vae_minutes)
+        for step in clock:
+            # full size, and the half size that the first stage of the transformer sees
+            pixels, clips = (
+                (self.size.pixels, self.size.vae_clips)
+                if step % 3
+                else (self.size.pixels // 2, self.size.vae_clips * 4)
+            )
+            _, video = self.clips(clips, frames=frames, pixels=pixels)
+            set_rate(optimizer, 3e-3 * clock.rate(warmup=50))
+            with torch.autocast(self.device.type, self.dtype, enabled=self.device.type == "cuda"):
+                restored, mean, kl = trained(video)
+            restored, mean = restored.float(), mean.float()
+            error = F.l1_loss(restored, video) + 2 * F.mse_loss(restored, video)
+            # latents that a diffusion model likes: every channel around 0 with deviation 1
+            moments = mean.mean((0, 2, 3, 4)).square().mean() + (mean.std((0, 2, 3, 4)) - 1).square().mean()
+            loss = error + 1e-3 * kl + 0.02 * moments
+            self.accelerator.backward(loss)
+            self.accelerator.clip_grad_norm_(trained.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            clock.note(error)
+        vae.eval().requires_grad_(False)
+        with torch.no_grad():
+            videos = [self.clips(4, frames=self.size.frames, pixels=self.size.pixels)[1] for _ in range(8)]
+            means = [vae.encode(video).latent_dist.mode() for video in videos]
+            self.family.set_statistics(vae, torch.cat(means).float())
+            restored = vae.decode(means[0]).sample
+            psnr = -10 * torch.log10((restored - videos[0]).square().mean() / 4).item()
+        self.curve.append({"part": "vae", "psnr": round(psnr, 2)})
+        self.say(f"vae: PSNR {psnr:.1f} dB")
+        self.state |= {"vae_done": True, "vae": vae.state_dict(), "vae_config": _statistics(vae)}
+        self.save_state()
+
+    # --- transformer and text encoder
+
+    def train_transformer(self):
+        import _miniature
+        import torch
+        from _training import Clock, MasterWeights, cast
+
+        # a copy: rounding to half precision for speed must not reach what is saved
+        vae = cast(copy.deepcopy(self.pipe.vae), self.dtype).to(self.device).eval().requires_grad_(False)
+        model = _miniature.Denoiser(self.family, self.pipe.text_encoder, self.pipe.transformer)
+        if "model" in self.state:
+            with torch.no_grad():
+                for name, weight in model.named_parameters():
+                    weight.copy_(self.state["model"][name])
+        if self.args.compile:
+            for block in getattr(self.pipe.transformer, "transformer_blocks", None) or self.pipe.transformer.blocks:
+                block.compile()
+        masters = MasterWeights(model.to(self.device), self.dtype, average=self.state.get("average"))
+        if "optimizer" in self.state:
+            masters.optimizer.load_state_dict(self.state["optimizer"])
+        model.train()
+        trained = self.accelerator.prepare(model)
+        peak = self.args.learning_rate or self.size.learning_rate
+        clock = Clock(self, "transformer", self.args.minutes)
+        self.masters = masters
+        extras, saved = {}, time.monotonic()
+        for step in clock:
+            pixels, clips = self.stage(clock.progress)
+            scenes, video = self.clips(clips, frames=self.size.frames, pixels=pixels)
+            # the pipeline's own text length now and then, so that a call without arguments works
+            length = self.family.default_text_tokens if step % 8 == 7 else None
+            ids = self.token_ids(scenes, length)
+            with torch.no_grad():
+                clean = self.family.latents(vae, video.to(self.dtype)).float()
+                noise = torch.randn(clean.shape, generator=self.generator, device=self.device)
+                noisy, timesteps, target = self.family.noised(self.pipe, clean, noise, self.generator)
+                if clean.shape not in extras:
+                    extras[clean.shape] = self.family.extras(self.pipe, clean)
+            predicted = trained(ids, noisy.to(self.dtype), timesteps, extras[clean.shape])
+            loss = (predicted.float() - target).square().mean()
+            self.accelerator.backward(loss)
+            masters.step(peak * clock.rate(warmup=100))
+            clock.note(loss)
+            if time.monotonic() - saved > 120:
+                self.save_state(clock)
+                saved = time.monotonic()
+        self.save_state(clock)
+
+    def stage(self, progress):
+        ends = itertools.accumulate(share for share, _, _ in self.size.stages)
+        running = [stage for end, stage in zip(ends, self.size.stages, strict=True) if progress < end]
+        return (running or self.size.stages[-1:])[0][1:]
+
+    def token_ids(self, scenes, length):
+        import _miniature
+
+        prompts = ["" if self.rng.random() < 0.1 else scene.prompt for scene in scenes]
+        return _miniature.token_ids(prompts, length or _miniature.TEXT_TOKENS, self.pipe.tokenizer).to(self.device)
+
+    # --- results
+
+    def save_state(self, clock=None):
+        import torch
+
+        if clock is not None:
+            self.state |= {**self.masters.state(), clock.part: clock.state()}
+        self.state["curve"] = self.curve
+        if self.accelerator.is_main_process:
+            part = self.path.with_suffix(".part")
+            torch.save(self.state, part)
+            part.replace(self.path)
+
+    def finish(self):
+        import torch
+        from _training import cast
+
+        from psa_diffusers.demo import write_hashes
+
+        if not self.accelerator.is_main_process:
+            return
+        self.masters.load_average()
+        # the text encoder is small, and transformers would load it in the precision of its file
+        for name, dtype in (("vae", torch.float16), ("transformer", torch.float16), ("text_encoder", torch.float32)):
+            cast(getattr(self.pipe, name), dtype).cpu()
+        self.pipe.save_pretrained(self.args.output / "pipeline")
+        write_hashes(self.args.output / "pipeline")
+        record = {
+            "family": self.args.family,
+            "preset": self.args.preset,
+            "seed": self.args.seed,
+            "device": torch.cuda.get_device_name() if self.device.type == "cuda" else "CPU",
+            "torch": torch.__version__,
+            "curve": self.curve,
+        }
+        (self.args.output / "curve.json").write_text(json.dumps(record) + "\n", encoding="utf-8")
+        self.say(f"saved {self.args.output / 'pipeline'}")
+
+
+def _statistics(vae):
+    names = ("scaling_factor", "latents_mean", "latents_std")
+    return {name: vae.config[name] for name in names if vae.config.get(name) is not None}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,215 @@
+"""The battery that every family passes on small real pipelines, and what is written down about families.
+
+A family gets it by a row in tests/tiny.py.
+"""
+
+import hashlib
+import inspect
+import re
+from collections import Counter
+
+import diffusers
+import pytest
+import torch
+from forwards import assert_as_close, captured_inputs, error, forward, forward_in_float64
+from tiny import ALL_CASES, MISSING, TINY_PRESET
+from watch import Watch, expected_steps, find_class, mirrored
+
+from psa_diffusers.models.processor import PSAProcessor
+from psa_diffusers.models.registry import families
+from psa_diffusers.pipeline import disable_psa, enable_psa
+from psa_diffusers.preset import load_preset, load_section
+from psa_diffusers.report import psa_report
+
+RAGGED = (3, 7, 9)
+"""A grid that no block divides."""
+each_case = pytest.mark.parametrize("name", ALL_CASES)
+
+
+@pytest.fixture
+def watch(monkeypatch):
+    return Watch(monkeypatch)
+
+
+@pytest.fixture(autouse=True)
+def _no_gradients():
+    with torch.no_grad():
+        yield
+
+
+def enable(pipe, **kwargs):
+    return enable_psa(pipe, **{**TINY_PRESET, **kwargs})
+
+
+def denoisers(pipe):
+    return [part for part in (pipe.transformer, getattr(pipe, "transformer_2", None)) if part is not None]
+
+
+def attentions(pipe):
+    """Path and module of everything in the denoisers that has an attention processor."""
+    return [
+        (path, module)
+        for part in denoisers(pipe)
+        for path, module in part.named_modules()
+        if hasattr(module, "processor")
+    ]
+
+
+def hooks(pipe):
+    return [len(part._forward_pre_hooks) for part in pipe.components.values() if isinstance(part, torch.nn.Module)]
+
+
+# the battery
+
+
+@each_case
+def test_disable_gives_back_the_same_objects_and_the_same_video(name):
+    case, pipe = ALL_CASES[name], ALL_CASES[name].build()
+    torch.manual_seed(5)
+    before, generator = case.run(pipe), torch.random.get_rng_state()
+    found = [module.processor for _, module in attentions(pipe)]
+    hooked, cls, state = hooks(pipe), type(pipe), dict(pipe.__dict__)
+
+    assert enable(pipe) is pipe
+    enabled = [module.processor for _, module in attentions(pipe)]
+    with pytest.raises(RuntimeError, match=r"already enabled on this pipeline; call disable_psa\(pipe\)"):
+        enable(pipe, warmup_steps=3)
+    assert enabled == [module.processor for _, module in attentions(pipe)]
+    torch.manual_seed(5)
+    sparse = case.run(pipe)
+    assert torch.equal(torch.random.get_rng_state(), generator), "the global generator is where it would be without us"
+    assert torch.equal(case.run(pipe), sparse), "one seed, one video"
+    assert not torch.equal(sparse, before)
+    assert error(sparse, before) < 0.2
+
+    assert disable_psa(pipe) is pipe
+    assert all(module.processor is old for (_, module), old in zip(attentions(pipe), found, strict=True))
+    assert (hooks(pipe), type(pipe), pipe.__dict__.keys()) == (hooked, cls, state.keys())
+    assert torch.equal(case.run(pipe), before)
+
+
+@each_case
+def test_only_video_self_attentions_change(name):
+    case, pipe = ALL_CASES[name], ALL_CASES[name].build()
+    before, keys = attentions(pipe), list(pipe.transformer.state_dict())
+    modules = [path for path, _ in pipe.transformer.named_modules()]
+    found = [module.processor for _, module in before]
+    enable(pipe)
+    changed = [module.processor is not old for (_, module), old in zip(before, found, strict=True)]
+    assert changed == [bool(re.fullmatch(case.attentions, path)) for path, _ in before]
+    assert sum(changed) == case.layers * len(denoisers(pipe))
+    assert list(pipe.transformer.state_dict()) == keys
+    assert [path for path, _ in pipe.transformer.named_modules()] == modules
+
+
+@each_case
+def test_all_factors_one_equals_dense_to_rounding_with_two_prompts_on_a_ragged_grid(name, monkeypatch):
+    case, pipe = ALL_CASES[name], ALL_CASES[name].build()
+    inputs = captured_inputs(pipe, name, steps=1, grid=RAGGED, **prompts(case))[0]
+    dense = forward(pipe, inputs)
+    enable(pipe, mask_ratios={1: [0, 1]}, report=True)
+    sparse = forward(pipe, inputs)
+    assert {record["kind"] for record in psa_report(pipe).records} == {"sparse"}
+    disable_psa(pipe)
+    assert_as_close(sparse, dense, forward_in_float64(pipe, inputs, monkeypatch))
+
+
+@each_case
+def test_warmup_steps_are_dense_and_all_others_sparse(name, watch):
+    case, pipe = ALL_CASES[name], enable(ALL_CASES[name].build(), warmup_steps=2)
+    watch.denoisers(pipe, case.attentions)
+    for steps, guidance in ((4, 3.0), (3, 3.0), (5, 1.0)):  # another number of steps than last time
+        watch.clear()
+        case.run(pipe, steps=steps, guidance=guidance)
+        assert watch.steps() == expected_steps(steps, 2, case.layers * (case.passes if guidance > 1 else 1))
+
+
+@each_case
+def test_a_denoiser_called_without_its_pipeline_knows_the_step(name, watch):
+    case, pipe = ALL_CASES[name], ALL_CASES[name].build()
+    watch.denoisers(pipe, case.attentions)
+    inputs = captured_inputs(pipe, name, steps=4)
+    enable(pipe, warmup_steps=1)
+    watch.clear()
+    for arguments in inputs * 2:
+        forward(pipe, arguments)
+    steps = expected_steps(len(inputs) // case.passes, 1, case.layers * case.passes)
+    assert watch.steps() == steps * 2
+
+
+@each_case
+def test_the_report_is_complete_with_several_prompts_on_a_ragged_grid(name):
+    case, pipe = ALL_CASES[name], enable(ALL_CASES[name].build(), report=True, warmup_steps=1)
+    several = prompts(case)
+    video = case.run(pipe, grid=RAGGED, steps=3, **several)
+    assert torch.isfinite(video).all()
+    records = psa_report(pipe).records
+    counted = Counter((record["step"], record["layer"], record["kind"]) for record in records)
+    layers = {path for path, _ in attentions(pipe) if re.fullmatch(case.attentions, path)}
+    kinds = {0: "dense", 1: "sparse", 2: "sparse"}
+    assert counted == {(step, layer, kinds[step]): case.passes for step in kinds for layer in layers}
+    assert {record["reason"] for record in records} == {"warm-up", ""}
+    assert {record["grid"] for record in records} == {RAGGED}
+    assert all((0 < record["density"] < 1) == (record["kind"] == "sparse") for record in records)
+    # the longest text of the samples that run in one batch
+    texts = [[each] if isinstance(each, str) else each for each in several.values()]
+    longest = {max(case.tokens(prompt, RAGGED) for prompt in text) for text in texts}
+    longest = longest if case.passes > 1 else {max(longest)}
+    assert {record["tokens"] for record in records if record["kind"] == "sparse"} == longest
+
+
+def prompts(case):
+    """Prompts of different lengths, if the pipeline takes several."""
+    if not case.several:
+        return {"prompt": "a cat", "negative_prompt": "bad"}
+    return {"prompt": ["a cat", "a brown dog"], "negative_prompt": ["bad", "worse"]}
+
+
+@each_case
+def test_set_attn_processor_of_the_denoiser_gives_the_same_bits(name):
+    case, pipe = ALL_CASES[name], ALL_CASES[name].build()
+    if not all(hasattr(denoiser, "set_attn_processor") for denoiser in denoisers(pipe)):
+        pytest.skip(f"{type(pipe.transformer).__name__} has no set_attn_processor in diffusers {diffusers.__version__}")
+    # as an object: without its pipeline, an expert of Wan 2.2 A14B looks like Wan 2.1 and gets other presets
+    preset = load_preset("default", **{**TINY_PRESET, "warmup_steps": 1})
+    enable_psa(pipe, preset)
+    enabled = case.run(pipe, steps=3)
+    disable_psa(pipe)
+    processor = PSAProcessor(preset)
+    for denoiser in denoisers(pipe):
+        denoiser.set_attn_processor(processor)
+    for _ in range(2):
+        assert torch.equal(case.run(pipe, steps=3), enabled)
+
+
+# what is written down
+
+
+def test_every_family_has_a_tiny_pipeline():
+    without = {family.name for family in families()} - {case.family for case in (ALL_CASES | MISSING).values()}
+    assert not without, f"add a tiny pipeline of {', '.join(sorted(without))} to tests/tiny.py"
+
+
+def test_this_diffusers_has_every_pipeline():
+    if MISSING:
+        names = ", ".join(sorted({case.pipeline for case in MISSING.values()}))
+        pytest.skip(f"diffusers {diffusers.__version__} has no {names}")
+
+
+@pytest.mark.parametrize("family", families(), ids=lambda family: family.name)
+def test_every_section_of_a_family_exists(family):
+    for rule in family.sections:
+        assert load_section(rule.section).presets
+
+
+@pytest.mark.parametrize("upstream", mirrored())
+def test_upstream_processor_is_one_that_we_mirror(upstream):
+    cls = find_class(upstream)
+    if cls is None:
+        pytest.skip(f"diffusers {diffusers.__version__} has no {upstream}")
+    digest = hashlib.sha256(inspect.getsource(cls.__call__).encode()).hexdigest()[:12]
+    assert digest in mirrored()[upstream], (
+        f"{upstream}.__call__ is new in diffusers {diffusers.__version__} (digest {digest}). Compare it with the "
+        "__call__ of our processor in psa_diffusers/models/: order of projection, norm and rotary embedding, fused "
+        "projections, new arguments. Port what matters, then add the digest to UPSTREAM_DIGESTS."
+    )
