@@ -87,11 +87,9 @@ def _run(q, k, v, preset: PSAPreset, grid, text_tokens, text_first, scale, backe
         k, v, layout, preset.factors, key_variance=preset.key_variance, value_tilt=preset.value_tilt
     )
     if preset.value_tilt and preset.tilt_gain == "sampled":
-        pyramid = stages.fit_tilt(pyramid, q, k, v, layout, scale)
+        pyramid = column.fit_tilt(pyramid, q, k, v, layout, scale)
     with torch.no_grad():
-        # pooled_moments has no kernel yet and runs as plain torch on any device
-        estimator = stages if preset.importance == "pooled_moments" else column
-        importance = estimator.block_importance(q, k, layout, preset.importance, scale)
+        importance = column.block_importance(q, k, layout, preset.importance, scale, pyramid)
         cap = column.key_cosine_cap(k, layout, _cosine_thresholds(preset)) if preset.use_sim_mask else None
         level_map = column.assign_block_levels(
             importance,

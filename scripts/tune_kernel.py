@@ -27,13 +27,13 @@ from psa_diffusers.layout import make_layout
 COVER = {1: [0, 0.06], 2: [0.06, 0.1], 4: [0.1, 0.2], 8: [0.2, 0.3], 16: [0.3, 0.4], 32: [0.4, 1]}
 SHAPES = {64: (48, (13, 30, 45), 226), 128: (12, (18, 45, 80), 0)}  # CogVideoX-5B at 480p, Wan 2.1 1.3B at 720p
 TABLES = {
-    "pyramid": (tuning._PYRAMID, {"span": (8, 16), "channels": (4, 8, 16)}),
+    "pyramid": (tuning.PYRAMID, {"span": (8, 16), "channels": (4, 8, 16)}),
     "covariance": (
-        tuning._COVARIANCE,
+        tuning.COVARIANCE,
         {"tile": (16, 32, 64), "columns": (64, 128), "num_warps": (4, 8), "num_stages": (1, 2, 3)},
     ),
     "importance": (
-        tuning._IMPORTANCE,
+        tuning.IMPORTANCE,
         {"rows": (64, 128), "columns": (64, 128), "num_warps": (4, 8), "num_stages": (2, 3, 4)},
     ),
 }
@@ -69,11 +69,23 @@ def result(kernel, out):
     return out.covariance if kernel == "covariance" else out.keys
 
 
+def place_of(head_dim):
+    """Where the row of this chip stands in a table."""
+    return tuning.matrix_unit(torch.device("cuda", torch.cuda.current_device())), head_dim
+
+
+def restore(table, place, row):
+    if row is None:
+        table.pop(place, None)
+    else:
+        table[place] = row
+
+
 def attempt(kernel, head_dim, dtype, row, call):
     """Run with this row in the table; the result, or why there is none."""
-    table = TABLES[kernel][0]
-    before = table[head_dim]
-    table[head_dim] = row
+    table, place = TABLES[kernel][0], place_of(head_dim)
+    before = table.get(place)
+    table[place] = row
     try:
         out = result(kernel, call())
         torch.cuda.synchronize()
@@ -81,7 +93,7 @@ def attempt(kernel, head_dim, dtype, row, call):
     except Exception as error:
         return None, f"{type(error).__name__}: {str(error).splitlines()[0][:80]}"
     finally:
-        table[head_dim] = before
+        restore(table, place, before)
 
 
 def compile_some(jobs):
@@ -97,8 +109,9 @@ def measure(kernel, head_dim, dtype_name):
 
     dtype = getattr(torch, dtype_name)
     call = prepare(kernel, head_dim, dtype)
-    table = TABLES[kernel][0]
-    now = table[head_dim]
+    table, place = TABLES[kernel][0], place_of(head_dim)
+    before = table.get(place)
+    now = before or table["", head_dim]
     truth = result(kernel, call())
     lines = []
     for row in dict.fromkeys([now, *candidates(kernel)]):
@@ -107,9 +120,9 @@ def measure(kernel, head_dim, dtype_name):
         if problem is None and not torch.allclose(out.float(), truth.float(), rtol=2e-2, atol=1e-3 * truth.abs().max()):
             problem = "another result"
         if problem is None:
-            table[head_dim] = row
+            table[place] = row
             milliseconds = round(do_bench(call, warmup=5, rep=25, return_mode="median"), 4)
-            table[head_dim] = now
+            restore(table, place, before)
         lines.append({"row": dataclasses.asdict(row), "ms": milliseconds, "problem": problem, "is_table": row == now})
     return lines
 

@@ -29,6 +29,7 @@ def oracle_attention(
     cap=4.0,
     order=None,
     segments=None,
+    only=None,
     dtype=torch.float64,
 ):
     """Pyramid attention.
@@ -36,6 +37,7 @@ def oracle_attention(
     order: token indices in the sequence in which they are cut into blocks (as they stand by default).
     segments: lengths of the segments of `order`; each starts a new block.
     tilt_gain: [B, H] factor of the value tilt; 1 by default.
+    only: query tokens to compute, all by default; the other rows are 0.
     dtype: float64 for the truth. In a lower precision the same arithmetic shows how much rounding costs.
     """
     q, k, v = (x.detach().to(dtype) for x in (q, k, v))
@@ -49,6 +51,9 @@ def oracle_attention(
         for h in range(H):
             tilt = {}
             for i, queries in enumerate(query_blocks):
+                rows = queries if only is None else [r for r in queries if r in only]
+                if not rows:
+                    continue
                 norms = [float(q[b, h, r] @ q[b, h, r]) for r in queries]
                 norm = sum(norms) / len(norms)
                 cells = []  # tokens, factor
@@ -65,7 +70,7 @@ def oracle_attention(
                 if key_variance:
                     spread = [k[b, h, cell].var(0, unbiased=False).mean() for cell, _ in cells]
                     bias = (0.5 * scale**2 * norm * torch.stack(spread)).clamp(max=cap)
-                for r in queries:
+                for r in rows:
                     logits = scale * (means_k @ q[b, h, r]) + bias
                     weights = sizes * torch.exp(logits - logits.max())
                     weights /= weights.sum()

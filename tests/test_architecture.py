@@ -37,6 +37,10 @@ SHARED_WITH_KERNELS = {
     "stages.pyramid": {"Pyramid", "pooled_rows"},  # the rows of a Pyramid
     "stages.schedule": {"Schedule", "id_dtype"},  # the type of Schedule.block_ids
     "stages.importance": {"POOLED_CELL", "SAMPLE_STRIDE"},  # numbers of the definition
+    "stages.moments": {
+        *("MOMENT_CAP", "MOMENT_CELL", "SHAPE_STRIDE"),  # the same
+        "fit_tilt",  # a few operations on a small sample, which torch's own kernels do
+    },
 }
 
 # packages that only these parts import; an import of one of them anywhere else is a mistake

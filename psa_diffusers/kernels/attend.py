@@ -1,19 +1,24 @@
 """Stage 7: attention of every query block over the cells its schedule lists, in one online softmax."""
 
+import logging
 import math
+from functools import cache
+from types import ModuleType
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from psa_diffusers.kernels.launch import head_strides, load_rows, on_device, pack_factors, padded
-from psa_diffusers.kernels.tuning import attend_launch
+from psa_diffusers.kernels.launch import head_strides, load_rows, on_device, pack_factors, padded, wait_for
+from psa_diffusers.kernels.tuning import attend_launch, matrix_unit
 from psa_diffusers.layout import Layout
 from psa_diffusers.stages.pyramid import Pyramid
 from psa_diffusers.stages.schedule import Schedule
 
 LOG2E = tl.constexpr(math.log2(math.e))
+
+logger = logging.getLogger("psa_diffusers")
 
 
 def attend(
@@ -43,6 +48,9 @@ def attend(
         ``[B, H, L, D]`` in the order and dtype of q. A row that keeps nothing is 0.
     """
     batch, heads, _, dim = q.shape
+    wait_for(pyramid.ready, pyramid.covariance)
+    if (hopper := hopper_kernel(q.device)) and hopper.takes(q, k, v, layout, schedule, scale):
+        return hopper.attend(q, k, v, pyramid, schedule, layout, scale=scale, variance_cap=variance_cap)
     out = torch.empty_like(q)
     launch = attend_launch(dim, q.element_size(), layout.block_m, q.device)
     parts = max(1, layout.block_m // launch.rows)
@@ -68,6 +76,19 @@ def attend(
             num_warps=launch.num_warps, num_stages=launch.num_stages, enable_fp_fusion=True,
         )  # fmt: skip
     return out
+
+
+@cache
+def hopper_kernel(device: torch.device) -> ModuleType | None:
+    """The module with the kernel for Hopper, where the chip and the Triton at hand have what it needs."""
+    if device.type != "cuda" or matrix_unit(device) != "wgmma":
+        return None
+    try:
+        from psa_diffusers.kernels import attend_hopper
+    except (ImportError, AttributeError) as error:
+        logger.warning("PSA uses its general kernel, which is slower on this GPU: Triton %s, %s", triton.__version__, error)
+        return None
+    return attend_hopper
 
 
 @triton.jit(do_not_specialize=["num_rows", "num_factors", "packed_factors"])

@@ -1,7 +1,8 @@
 """Stage 7 on Hopper: `psa_diffusers.kernels.attend` with one group of warps that fetches and two that compute.
 
-Two things that Triton's own pipeline cannot do make it faster: the addresses of a tile are looked up two tiles ahead by
-warps that have nothing else to do, and the next rows begin while the last ones end.
+What Triton's own pipeline cannot do makes it faster: the addresses of a tile are looked up two tiles ahead by warps that
+have nothing else to do, the two groups take turns so that one multiplies while the other makes weights, and the next
+rows begin while the last ones end. docs/kernel.md says what each of these gave.
 """
 
 import math
@@ -27,9 +28,25 @@ BLOCK_M = 128  # queries of a program: 64 for each group of warps that computes
 TILE = 128  # keys or cells of an iteration
 HEAD_DIMS = (64, 128)
 MOST_FACTORS = 8
+LEAST_SCALE = 1e-3
 
 # renamed between Triton 3.6 and 3.9
 _async_load = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared
+
+
+def takes(q: Tensor, k: Tensor, v: Tensor, layout: Layout, schedule: Schedule, scale: float) -> bool:
+    """Whether this kernel can do it. What it leaves to the general one is rare or small."""
+    return (
+        q.dtype in (torch.bfloat16, torch.float16)
+        and q.shape[3] in HEAD_DIMS
+        and layout.block_m == BLOCK_M
+        and layout.block_n <= TILE
+        and len(schedule.factors) <= MOST_FACTORS
+        # biases travel in half precision, in the unit of a product of query and key
+        and scale >= LEAST_SCALE
+        # 16 bytes are copied at a time
+        and all(x.data_ptr() % 16 == 0 and all(stride % 8 == 0 for stride in head_strides(x)) for x in (q, k, v))
+    )
 
 
 def attend(
@@ -43,7 +60,7 @@ def attend(
     scale: float,
     variance_cap: float,
 ) -> Tensor:
-    """Read each kept block at its factor. As `psa_diffusers.kernels.attend.attend`, where `why_not` has no objection."""
+    """Read each kept block at its factor. As `psa_diffusers.kernels.attend.attend`, where `takes` agrees."""
     batch, heads, _, dim = q.shape
     out = torch.empty_like(q)
     log2e = math.log2(math.e)

@@ -8,62 +8,114 @@ import triton.language as tl
 from torch import Tensor
 
 from psa_diffusers.kernels.launch import head_strides, load_rows, on_device, padded, remember
-from psa_diffusers.kernels.tuning import importance_launch
+from psa_diffusers.kernels.tuning import IMPORTANCE, launch_of
 from psa_diffusers.layout import Layout
 from psa_diffusers.stages.importance import POOLED_CELL, SAMPLE_STRIDE
+from psa_diffusers.stages.moments import MOMENT_CAP, MOMENT_CELL, SHAPE_STRIDE
+from psa_diffusers.stages.pyramid import Pyramid
 
 
-def block_importance(q: Tensor, k: Tensor, layout: Layout, method: str, scale: float) -> Tensor:
+def block_importance(
+    q: Tensor, k: Tensor, layout: Layout, method: str, scale: float, pyramid: Pyramid | None = None
+) -> Tensor:
     """Estimate the importance of every key block for every query block. See `psa_diffusers.stages.importance`.
 
     Args:
         q: Queries ``[B, H, L, D]``, tokens as the model has them; any strides with contiguous channels.
         k: Keys ``[B, H, L, D]``.
         layout: Where tokens stand.
-        method: ``pooled_mass`` or ``sampled_max``.
+        method: ``pooled_mass``, ``pooled_moments`` or ``sampled_max``.
         scale: Softmax scale.
+        pyramid: Pyramid of these keys: a factor that is as wide as a cell saves pooling them again.
 
     Returns:
         ``[B, H, M, N]`` float32, not negative; NaN where a query or key is not finite.
     """
-    mass = method == "pooled_mass"
+    mass, moments = method != "sampled_max", method == "pooled_moments"
     # a cell is `step` lanes wide and represented by the mean of its first `lanes` lanes
-    step = min(POOLED_CELL, layout.block_m, layout.block_n) if mass else SAMPLE_STRIDE
+    cell = MOMENT_CELL if moments else POOLED_CELL
+    step = min(cell, layout.block_m, layout.block_n) if mass else SAMPLE_STRIDE
     lanes = step if mass else 1
-    cells_q = _represent(q, layout.query_rows, step, lanes)
-    cells_k = _represent(k, layout.key_rows, step, lanes)
+    cells_q, _ = _represent(q, layout.query_rows, step, lanes)
+    cells_k, variances = _key_cells(k, layout, step, lanes, moments, pyramid)
     weights, bias = remember(layout, ("cells", step, lanes), lambda: _cell_weights(layout, step, lanes))
+    spreads = _spreads(q, k, layout, step, scale) if moments else bias
 
     batch, heads, num_q, dim = cells_q.shape
     num_blocks_q, num_blocks_k = layout.num_query_blocks, layout.num_key_blocks
     per_m, per_n = layout.block_m // step, layout.block_n // step
-    launch = importance_launch(dim, q.element_size(), q.device)
+    launch = launch_of(IMPORTANCE, dim, q.element_size(), q.device)
     rows, columns = max(launch.rows, per_m), max(launch.columns, per_n)
     importance = torch.empty(batch, heads, num_blocks_q, num_blocks_k, dtype=torch.float32, device=q.device)
+    log2e = math.log2(math.e)
     with on_device(q):
         _importance_kernel[(triton.cdiv(num_q, rows), batch * heads)](
-            cells_q, cells_k, weights, bias, importance,
-            num_q, cells_k.shape[2], num_blocks_q, num_blocks_k, scale * math.log2(math.e),
+            cells_q, cells_k, weights, bias, spreads, variances if moments else bias, importance,
+            cells_k.stride()[:2], variances.stride()[:2] if moments else (0, 0),
+            heads, num_q, cells_k.shape[2], num_blocks_q, num_blocks_k, scale * log2e, MOMENT_CAP * log2e,
             HEAD_DIM=dim, D_PAD=padded(dim), ROWS=rows, COLUMNS=columns, PER_M=per_m, PER_N=per_n, MASS=mass,
-            num_warps=launch.num_warps, num_stages=launch.num_stages, enable_fp_fusion=True,
+            MOMENTS=moments, num_warps=launch.num_warps, num_stages=launch.num_stages, enable_fp_fusion=True,
         )  # fmt: skip
     return importance
 
 
-def _represent(x: Tensor, rows: Tensor, step: int, lanes: int) -> Tensor:
-    """Mean of the real tokens of the first ``lanes`` of every ``step`` lanes: ``[B, H, len(rows) / step, D]``."""
+def _key_cells(
+    k: Tensor, layout: Layout, step: int, lanes: int, moments: bool, pyramid: Pyramid | None
+) -> tuple[Tensor, Tensor | None]:
+    """Representatives of the key cells ``[B, H, cells, D]`` and, for the moments, their key variances ``[B, H, cells]``."""
+    is_known = pyramid is not None and lanes > 1 and step in pyramid.factors[1:]
+    if not is_known or (moments and pyramid.variance is None):
+        return _represent(k, layout.key_rows, step, lanes, variance=moments)
+    base = pyramid.bases[pyramid.factors.index(step)]
+    cells = slice(base, base + layout.key_rows.shape[0] // step)
+    return pyramid.keys[:, :, cells], pyramid.variance[:, :, cells] if moments else None
+
+
+def _represent(
+    x: Tensor, rows: Tensor, step: int, lanes: int, *, variance: bool = False
+) -> tuple[Tensor, Tensor | None]:
+    """Mean of the real tokens of the first ``lanes`` of every ``step`` lanes: ``[B, H, len(rows) / step, D]``.
+
+    With ``variance`` also their variance within the cell, the mean over channels: ``[B, H, len(rows) / step]``.
+    """
     batch, heads, _, dim = x.shape
     num_cells = rows.shape[0] // step
     cells = torch.empty(batch, heads, num_cells, dim, dtype=x.dtype, device=x.device)
+    variances = torch.empty(batch, heads, num_cells, dtype=torch.float32, device=x.device) if variance else None
     # eight channels a thread; where a cell is one token, a program takes more cells
     cells_a_program = max(1, (1024 if lanes > 1 else 4096) // padded(dim))
     with on_device(x):
         _represent_kernel[(triton.cdiv(num_cells, cells_a_program), batch * heads)](
-            x, rows, cells, head_strides(x), heads, num_cells,
-            HEAD_DIM=dim, D_PAD=padded(dim), CELLS=cells_a_program, STEP=step, LANES=lanes,
+            x, rows, cells, variances if variance else cells, head_strides(x), heads, num_cells,
+            HEAD_DIM=dim, D_PAD=padded(dim), CELLS=cells_a_program, STEP=step, LANES=lanes, VARIANCE=variance,
             num_warps=4, enable_fp_fusion=True,
         )  # fmt: skip
-    return cells
+    return cells, variances
+
+
+def _spreads(q: Tensor, k: Tensor, layout: Layout, step: int, scale: float) -> Tensor:
+    """What the scores of each query cell vary within a key cell whose key variance is 1: ``[B, H, cells]`` float32.
+
+    ``½ s² log2(e) D q₁ᵀ S q₁ / tr S``, see `psa_diffusers.stages.moments.moment_importance`; the variance of a cell is
+    the mean over channels, so D times it is the trace.
+    """
+    batch, heads, _, dim = q.shape
+    num_cells = layout.query_rows.shape[0] // step
+    shape = torch.empty(batch, heads, dim, dim, dtype=torch.float32, device=q.device)
+    spreads = torch.empty(batch, heads, num_cells, dtype=torch.float32, device=q.device)
+    size = padded(dim)
+    with on_device(q):
+        _shape_kernel[(batch * heads,)](
+            k, layout.key_rows, shape, head_strides(k), heads, layout.key_rows.shape[0] // step,
+            HEAD_DIM=dim, D_PAD=size, STEP=step, CELLS=max(1, 32 // step), STRIDE=SHAPE_STRIDE,
+            num_warps=8 if size >= 128 else 4, enable_fp_fusion=True,
+        )  # fmt: skip
+        _spread_kernel[(triton.cdiv(num_cells, 32), batch * heads)](
+            q, layout.query_rows, shape, spreads, head_strides(q), heads, num_cells,
+            0.5 * scale**2 * math.log2(math.e) * dim,
+            HEAD_DIM=dim, D_PAD=size, STEP=step, ROWS=32, CHANNELS=min(size, 32), num_warps=4, enable_fp_fusion=True,
+        )  # fmt: skip
+    return spreads
 
 
 def _cell_weights(layout: Layout, step: int, lanes: int) -> tuple[Tensor, Tensor]:
@@ -76,9 +128,10 @@ def _cell_weights(layout: Layout, step: int, lanes: int) -> tuple[Tensor, Tensor
 
 @triton.jit(do_not_specialize=["num_cells"])
 def _represent_kernel(
-    x_ptr, rows_ptr, cells_ptr,  # [B, H, L, D] [lanes] [B, H, cells, D]
+    x_ptr, rows_ptr, cells_ptr, variances_ptr,  # [B, H, L, D] [lanes] [B, H, cells, D] [B, H, cells]
     X_STRIDES, H, num_cells,
     HEAD_DIM: tl.constexpr, D_PAD: tl.constexpr, CELLS: tl.constexpr, STEP: tl.constexpr, LANES: tl.constexpr,
+    VARIANCE: tl.constexpr,
 ):  # fmt: skip
     """Grid: (cdiv(cells, CELLS), B * H)."""
     i_bh = tl.program_id(1).to(tl.int64)
@@ -97,16 +150,81 @@ def _represent_kernel(
         mean.to(cells_ptr.dtype.element_ty),
         mask=(o_c < num_cells)[:, None] & (o_d < HEAD_DIM)[None, :],
     )
+    if VARIANCE:
+        # a second look at tokens that are in the cache: differences of squares would cancel
+        away_sum = tl.zeros([CELLS], tl.float32)
+        for i in tl.static_range(LANES):
+            rows = tl.load(rows_ptr + o_c * STEP + i, mask=o_c < num_cells, other=-1)
+            x = load_rows(x_head, rows, rows >= 0, X_STRIDES[2], o_d, HEAD_DIM, D_PAD).to(tl.float32)
+            away = tl.where((rows >= 0)[:, None] & (o_d < HEAD_DIM)[None, :], x - mean, 0.0)
+            away_sum += tl.sum(away * away, 1)
+        tl.store(variances_ptr + i_bh * num_cells + o_c, away_sum / (tl.maximum(count, 1.0) * HEAD_DIM), mask=o_c < num_cells)
+
+
+@triton.jit(do_not_specialize=["num_cells"])
+def _shape_kernel(
+    k_ptr, rows_ptr, shape_ptr,  # [B, H, L, D] [lanes] [B, H, D, D]
+    K_STRIDES, H, num_cells,
+    HEAD_DIM: tl.constexpr, D_PAD: tl.constexpr, STEP: tl.constexpr, CELLS: tl.constexpr, STRIDE: tl.constexpr,
+):  # fmt: skip
+    """Within-cell key covariance of a head, of every STRIDE-th cell, divided by its trace. Grid: (B * H,)."""
+    i_bh = tl.program_id(0).to(tl.int64)
+    k_head = k_ptr + (i_bh // H) * K_STRIDES[0] + (i_bh % H) * K_STRIDES[1]
+    o_d = tl.arange(0, D_PAD)
+    o_t = tl.arange(0, CELLS * STEP)
+    total = tl.zeros([D_PAD, D_PAD], tl.float32)
+    trace = 0.0
+    for c in range(0, num_cells, CELLS * STRIDE):
+        cell = c + o_t // STEP * STRIDE
+        rows = tl.load(rows_ptr + cell * STEP + o_t % STEP, mask=cell < num_cells, other=-1)
+        b_k = load_rows(k_head, rows, rows >= 0, K_STRIDES[2], o_d, HEAD_DIM, D_PAD).to(tl.float32)
+        real = tl.reshape((rows >= 0).to(tl.float32), (CELLS, STEP))
+        mean = tl.sum(tl.reshape(b_k, (CELLS, STEP, D_PAD)), 1) / tl.maximum(tl.sum(real, 1), 1.0)[:, None]
+        away = (tl.reshape(b_k, (CELLS, STEP, D_PAD)) - mean[:, None, :]) * real[:, :, None]
+        away = tl.reshape(away, (CELLS * STEP, D_PAD))
+        trace += tl.sum(tl.sum(away * away, 1), 0)
+        away = away.to(k_ptr.dtype.element_ty)
+        total = tl.dot(tl.trans(away), away, total, input_precision="ieee")
+    place = o_d[:, None] * HEAD_DIM + o_d[None, :]
+    tl.store(
+        shape_ptr + i_bh * HEAD_DIM * HEAD_DIM + place,
+        total / tl.maximum(trace, 1.1754943508222875e-38),
+        mask=(o_d < HEAD_DIM)[:, None] & (o_d < HEAD_DIM)[None, :],
+    )
+
+
+@triton.jit(do_not_specialize=["num_cells"])
+def _spread_kernel(
+    q_ptr, rows_ptr, shape_ptr, spreads_ptr,  # [B, H, L, D] [lanes] [B, H, D, D] [B, H, cells]
+    Q_STRIDES, H, num_cells, scale,
+    HEAD_DIM: tl.constexpr, D_PAD: tl.constexpr, STEP: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr,
+):  # fmt: skip
+    """Quadratic form of the first query of every cell. Grid: (cdiv(cells, ROWS), B * H)."""
+    i_bh = tl.program_id(1).to(tl.int64)
+    q_head = q_ptr + (i_bh // H) * Q_STRIDES[0] + (i_bh % H) * Q_STRIDES[1]
+    o_d = tl.arange(0, D_PAD)
+    o_c = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    rows = tl.load(rows_ptr + o_c * STEP, mask=o_c < num_cells, other=-1)
+    b_q = load_rows(q_head, rows, rows >= 0, Q_STRIDES[2], o_d, HEAD_DIM, D_PAD).to(tl.float32)
+    product = tl.zeros([ROWS, D_PAD], tl.float32)
+    for channel in range(0, HEAD_DIM, CHANNELS):  # CHANNELS rows of the matrix at a time fit any chip
+        o_k = channel + tl.arange(0, CHANNELS)
+        part = load_rows(q_head, rows, rows >= 0, Q_STRIDES[2], o_k, HEAD_DIM, CHANNELS).to(tl.float32)
+        b_s = load_rows(shape_ptr + i_bh * HEAD_DIM * HEAD_DIM, o_k, o_k < HEAD_DIM, HEAD_DIM, o_d, HEAD_DIM, D_PAD)
+        product = tl.dot(part, b_s, product, input_precision="ieee")
+    tl.store(spreads_ptr + i_bh * num_cells + o_c, tl.sum(product * b_q, 1) * scale, mask=o_c < num_cells)
 
 
 @triton.jit(do_not_specialize=["num_q", "num_k", "M", "N"])
 def _importance_kernel(
-    q_ptr, k_ptr, weights_ptr, bias_ptr, out_ptr,  # [B, H, num_q, D] [B, H, num_k, D] [num_q] [num_k] [B, H, M, N]
-    num_q, num_k, M, N, qk_scale,                  # qk_scale = softmax scale * log2(e)
+    q_ptr, k_ptr, weights_ptr, bias_ptr,           # [B, H, num_q, D] [B, H, num_k, D] [num_q] [num_k]
+    spreads_ptr, variances_ptr, out_ptr,           # [B, H, num_q] [B, H, num_k], only with MOMENTS; [B, H, M, N]
+    K_STRIDES, VARIANCE_STRIDES,                   # batch, head
+    H, num_q, num_k, M, N, qk_scale, cap,          # qk_scale = softmax scale * log2(e)
     HEAD_DIM: tl.constexpr, D_PAD: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,     # query cells a program, key cells an iteration
     PER_M: tl.constexpr, PER_N: tl.constexpr,      # cells a query block, cells a key block
-    MASS: tl.constexpr,
+    MASS: tl.constexpr, MOMENTS: tl.constexpr,
 ):  # fmt: skip
     """Several query blocks against all keys, twice: for the sum of every row, then for the weights.
 
@@ -115,18 +233,24 @@ def _importance_kernel(
     i_r = tl.program_id(0)
     i_bh = tl.program_id(1).to(tl.int64)
     q_ptr += i_bh * num_q * HEAD_DIM
-    k_ptr += i_bh * num_k * HEAD_DIM
+    k_ptr += (i_bh // H) * K_STRIDES[0] + (i_bh % H) * K_STRIDES[1]
+    variances_ptr += (i_bh // H) * VARIANCE_STRIDES[0] + (i_bh % H) * VARIANCE_STRIDES[1]
     out_ptr += i_bh * M * N
     o_d = tl.arange(0, D_PAD)
     o_c = tl.arange(0, COLUMNS)
     o_r = i_r * ROWS + tl.arange(0, ROWS)
     b_q = load_rows(q_ptr, o_r, o_r < num_q, HEAD_DIM, o_d, HEAD_DIM, D_PAD)
     weight = tl.load(weights_ptr + o_r, mask=o_r < num_q, other=0.0)
+    spread = weight
+    if MOMENTS:
+        spread = tl.load(spreads_ptr + i_bh * num_q + o_r, mask=o_r < num_q, other=0.0)
 
     b_max = tl.full([ROWS], float("-inf"), tl.float32)
     b_sum = tl.zeros([ROWS], tl.float32)
     for t in range(0, num_k, COLUMNS):
-        b_s = _scores(b_q, k_ptr, bias_ptr, t + o_c, num_k, o_d, qk_scale, HEAD_DIM, D_PAD)
+        b_s = _scores(
+            b_q, k_ptr, bias_ptr, spread, variances_ptr, t + o_c, num_k, o_d, qk_scale, cap, HEAD_DIM, D_PAD, MOMENTS
+        )
         new_max = tl.maximum(b_max, tl.max(b_s, 1))
         # finite pivot while a row has seen no key, otherwise -inf - (-inf) = nan
         pivot = tl.where(new_max == float("-inf"), 0.0, new_max)
@@ -139,7 +263,9 @@ def _importance_kernel(
     # 0, or NaN if a query of the block is not finite or met a key that is not: a maximum would hide it
     alarm = tl.sum(tl.reshape(tl.where(weight > 0, log_sum - log_sum, 0.0), (ROWS // PER_M, PER_M)), 1)
     for t in range(0, num_k, COLUMNS):
-        b_s = _scores(b_q, k_ptr, bias_ptr, t + o_c, num_k, o_d, qk_scale, HEAD_DIM, D_PAD)
+        b_s = _scores(
+            b_q, k_ptr, bias_ptr, spread, variances_ptr, t + o_c, num_k, o_d, qk_scale, cap, HEAD_DIM, D_PAD, MOMENTS
+        )
         b_p = tl.reshape(tl.exp2(b_s - log_sum[:, None]), (ROWS, COLUMNS // PER_N, PER_N))
         if MASS:
             of_rows = tl.where(weight[:, None] > 0, tl.sum(b_p, 2), 0.0) * weight[:, None]
@@ -157,8 +283,15 @@ def _importance_kernel(
 
 
 @triton.jit
-def _scores(b_q, k_ptr, bias_ptr, columns, num_k, o_d, qk_scale, HEAD_DIM: tl.constexpr, D_PAD: tl.constexpr):
+def _scores(
+    b_q, k_ptr, bias_ptr, spread, variances_ptr, columns, num_k, o_d, qk_scale, cap,
+    HEAD_DIM: tl.constexpr, D_PAD: tl.constexpr, MOMENTS: tl.constexpr,
+):  # fmt: skip
     """Scores of one tile in base 2, ``[ROWS, COLUMNS]``; -inf where no token stands behind a key cell."""
     b_k = load_rows(k_ptr, columns, columns < num_k, HEAD_DIM, o_d, HEAD_DIM, D_PAD)
     bias = tl.load(bias_ptr + columns, mask=columns < num_k, other=float("-inf"))
-    return tl.dot(b_q, tl.trans(b_k), input_precision="ieee") * qk_scale + bias[None, :]
+    b_s = tl.dot(b_q, tl.trans(b_k), input_precision="ieee") * qk_scale + bias[None, :]
+    if MOMENTS:
+        variance = tl.load(variances_ptr + columns, mask=columns < num_k, other=0.0)
+        b_s += tl.minimum(spread[:, None] * variance[None, :], cap)
+    return b_s

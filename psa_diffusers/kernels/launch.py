@@ -1,7 +1,8 @@
 """What every launcher needs: the right device, memory of what a layout implies, and how factors travel to a kernel."""
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import cache
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -18,6 +19,36 @@ _KNOWN: WeakKeyDictionary[Layout, dict[Any, Any]] = WeakKeyDictionary()
 def on_device(x: Tensor) -> AbstractContextManager:
     """Make the device of ``x`` current: a kernel starts on the current device, wherever its tensors are."""
     return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
+
+
+@contextmanager
+def aside(x: Tensor) -> Iterator[list[torch.cuda.Event]]:
+    """Let what is launched run beside what the caller launches next. Yields a list: afterwards it holds the event to wait for.
+
+    Who uses a result on another stream waits for the event and calls `record_stream`. On a CPU nothing is different.
+    """
+    done: list[torch.cuda.Event] = []
+    if not x.is_cuda:
+        yield done
+        return
+    stream = _side_stream(x.device)
+    stream.wait_stream(torch.cuda.current_stream(x.device))
+    with torch.cuda.stream(stream):
+        yield done
+    done.append(stream.record_event())
+
+
+def wait_for(ready: torch.cuda.Event | None, x: Tensor | None) -> None:
+    """Let the current stream wait for what `aside` made, and keep its memory until the stream is past its use."""
+    if ready is not None:
+        stream = torch.cuda.current_stream(x.device)
+        stream.wait_event(ready)
+        x.record_stream(stream)
+
+
+@cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)
 
 
 def remember(layout: Layout, key: Any, make: Callable[[], Any]) -> Any:

@@ -1,13 +1,16 @@
 """Stage 3: mean-pooled copies of keys and values, at every factor that a level map may ask for."""
 
+from dataclasses import replace
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from psa_diffusers.kernels.launch import head_strides, load_rows, on_device, pack_factors, padded, remember
-from psa_diffusers.kernels.tuning import covariance_launch, pyramid_launch
+from psa_diffusers.kernels.launch import aside, head_strides, load_rows, on_device, pack_factors, padded, remember
+from psa_diffusers.kernels.tuning import COVARIANCE, PYRAMID, launch_of
 from psa_diffusers.layout import Layout
+from psa_diffusers.stages.moments import fit_tilt as fit_tilt_plainly
 from psa_diffusers.stages.pyramid import Pyramid, pooled_rows
 
 _COVARIANCE_ROWS = 4096  # cells a program sums over; a number of the chip's own would change the order of the sums
@@ -41,7 +44,7 @@ def build_pyramid(
     variance = torch.empty(batch, heads, num_rows, dtype=torch.float32, device=k.device) if key_variance else None
     broken = torch.empty(batch, heads, num_blocks, dtype=torch.int8, device=k.device)
     log_counts = remember(layout, ("log_counts", factors), lambda: _log_counts(layout, factors))
-    launch = pyramid_launch(dim, k.element_size(), k.device)
+    launch = launch_of(PYRAMID, dim, k.element_size(), k.device)
     span = min(launch.span, block_n)
     # a tile of spans, so that a thread merges whole spans in its registers
     blocks = max(1, 1024 * span // (block_n * padded(dim)))
@@ -54,16 +57,38 @@ def build_pyramid(
             BLOCKS=blocks, SPAN=span, KEY_VARIANCE=key_variance,
             num_warps=max(1, min(8, spans * padded(dim) // (32 * launch.channels))), enable_fp_fusion=True,
         )  # fmt: skip
-    return Pyramid(
+    pyramid = Pyramid(
         factors=tuple(factors),
         bases=bases,
         keys=keys,
         values=values,
         log_counts=log_counts,
         variance=variance,
-        covariance=_covariance(k, v, layout, keys, values, log_counts, factors) if value_tilt else None,
+        covariance=None,
         finite=~broken.any(-1),
     )
+    if not value_tilt:
+        return pyramid
+    # importance and levels do not need it: they are estimated meanwhile
+    with aside(k) as done:
+        covariance = _covariance(k, v, layout, keys, values, log_counts, factors)
+    return replace(pyramid, covariance=covariance, ready=done[0] if done else None)
+
+
+def fit_tilt(pyramid: Pyramid, q: Tensor, k: Tensor, v: Tensor, layout: Layout, scale: float) -> Pyramid:
+    """Scale the covariances of each head by the gain that fits a sample. See `psa_diffusers.stages.moments.fit_tilt`.
+
+    Args:
+        pyramid: Pyramid with a covariance.
+        q: Queries ``[B, H, L, D]``.
+        k: Keys ``[B, H, L, D]``.
+        v: Values ``[B, H, L, D]``.
+        layout: Where tokens stand.
+        scale: Softmax scale.
+    """
+    with aside(k) as done:
+        pyramid = fit_tilt_plainly(pyramid, q, k, v, layout, scale)
+    return replace(pyramid, ready=done[0] if done else None)
 
 
 def _log_counts(layout: Layout, factors: tuple[int, ...]) -> Tensor:
@@ -87,7 +112,7 @@ def _covariance(
     num_lanes = layout.key_rows.shape[0]
     splits = [triton.cdiv(num_lanes // factor, _COVARIANCE_ROWS) for factor in factors[:-1]]
     ends = remember(layout, ("splits", factors), lambda: torch.tensor(splits).cumsum(0).int().to(k.device))
-    tuned = covariance_launch(dim, k.element_size(), k.device)
+    tuned = launch_of(COVARIANCE, dim, k.element_size(), k.device)
     columns = min(padded(dim), tuned.columns)
     panels = padded(dim) // columns
     parts = torch.empty(sum(splits), batch * heads, dim, dim, dtype=torch.float32, device=k.device)

@@ -113,31 +113,32 @@ class PyramidLaunch:
     channels: int
 
 
-# (padded head dimension) -> launch, the same on every chip
-_IMPORTANCE = {dim: ImportanceLaunch(64, 64, 4, 2) for dim in (16, 32, 64, 128, 256)}
-_COVARIANCE = {
-    16: CovarianceLaunch(64, 128, 4, 1),
-    32: CovarianceLaunch(64, 128, 4, 1),
-    64: CovarianceLaunch(64, 128, 4, 1),
-    128: CovarianceLaunch(32, 128, 8, 1),
-    256: CovarianceLaunch(32, 128, 8, 1),
+# (matrix unit, padded head dimension) -> launch; "" for chips without a row of their own.
+# The rows of wgmma won on an H100: docs/benchmarks/tuning.jsonl
+IMPORTANCE = {
+    **{("", dim): ImportanceLaunch(64, 64, 4, 2) for dim in (16, 32, 64, 128, 256)},
+    ("wgmma", 64): ImportanceLaunch(64, 128, 4, 3),
+    ("wgmma", 128): ImportanceLaunch(128, 64, 4, 2),
 }
-_PYRAMID = {dim: PyramidLaunch(16, 8) for dim in (16, 32, 64, 128, 256)}
+COVARIANCE = {
+    **{("", dim): CovarianceLaunch(64, 128, 4, 1) for dim in (16, 32, 64)},
+    **{("", dim): CovarianceLaunch(32, 128, 8, 1) for dim in (128, 256)},
+    ("wgmma", 64): CovarianceLaunch(64, 64, 8, 3),
+    ("wgmma", 128): CovarianceLaunch(32, 64, 4, 2),
+}
+PYRAMID = {
+    **{("", dim): PyramidLaunch(16, 8) for dim in (16, 32, 64, 128, 256)},
+    ("wgmma", 64): PyramidLaunch(8, 8),
+    ("wgmma", 128): PyramidLaunch(8, 8),
+}
+# float32 at full precision has no matrix unit on most chips, and takes twice the room
+_FLOAT32 = {ImportanceLaunch: ImportanceLaunch(64, 64, 4, 2), CovarianceLaunch: CovarianceLaunch(32, 64, 8, 1)}
 
 
-def importance_launch(head_dim: int, itemsize: int, device: torch.device) -> ImportanceLaunch:
-    """How the estimator runs for these inputs."""
-    return _IMPORTANCE[padded(head_dim)]
-
-
-def covariance_launch(head_dim: int, itemsize: int, device: torch.device) -> CovarianceLaunch:
-    """How the covariances are summed for these inputs."""
-    return _COVARIANCE[padded(head_dim)]
-
-
-def pyramid_launch(head_dim: int, itemsize: int, device: torch.device) -> PyramidLaunch:
-    """How the pyramid is pooled for these inputs."""
-    return _PYRAMID[padded(head_dim)]
+def launch_of(table: dict, head_dim: int, itemsize: int, device: torch.device):
+    """The row of ``IMPORTANCE``, ``COVARIANCE`` or ``PYRAMID`` for these inputs."""
+    row = table.get((matrix_unit(device), padded(head_dim))) or table["", padded(head_dim)]
+    return _FLOAT32.get(type(row), row) if itemsize == 4 else row
 
 
 def tile_warps(elements: int) -> int:

@@ -5,6 +5,7 @@ from torch import Tensor
 
 from psa_diffusers.layout import Layout
 from psa_diffusers.stages.moments import moment_importance
+from psa_diffusers.stages.pyramid import Pyramid
 
 POOLED_CELL = 16  # queries and keys a cell of pooled_mass
 SAMPLE_STRIDE = 4  # sampled_max looks at every fourth token
@@ -12,7 +13,9 @@ SAMPLE_STRIDE = 4  # sampled_max looks at every fourth token
 _POOLED = 2**17  # numbers pooled at a time: half a MiB of float32 stays in the caches between the operators
 
 
-def block_importance(q: Tensor, k: Tensor, layout: Layout, method: str, scale: float) -> Tensor:
+def block_importance(
+    q: Tensor, k: Tensor, layout: Layout, method: str, scale: float, pyramid: Pyramid | None = None
+) -> Tensor:
     """Estimate the importance of every key block for every query block.
 
     Both estimators score representatives of the tokens, take the softmax over all keys, and reduce to blocks.
@@ -25,6 +28,7 @@ def block_importance(q: Tensor, k: Tensor, layout: Layout, method: str, scale: f
         layout: Where tokens stand.
         method: ``pooled_mass``, ``sampled_max``, or ``pooled_moments`` (see `moment_importance`).
         scale: Softmax scale.
+        pyramid: Pyramid of these keys: a factor that is as wide as a cell saves pooling them again.
 
     Returns:
         ``[B, H, M, N]`` float32 (float64 for float64 inputs), not negative; NaN where a query or key is not finite.
@@ -38,7 +42,12 @@ def block_importance(q: Tensor, k: Tensor, layout: Layout, method: str, scale: f
     width = min(POOLED_CELL, layout.block_m, layout.block_n) if pooled else SAMPLE_STRIDE
     represent = pool_rows if pooled else sample_rows
     cells_q, counts_q = represent(q, layout.query_rows, width)
-    cells_k, counts_k = represent(k, layout.key_rows, width)
+    if pooled and pyramid is not None and width in pyramid.factors[1:]:
+        counts_k = layout.cell_counts(width)
+        base = pyramid.bases[pyramid.factors.index(width)]
+        cells_k = pyramid.keys[:, :, base : base + len(counts_k)]
+    else:
+        cells_k, counts_k = represent(k, layout.key_rows, width)
     return reduce_scores(cells_q, counts_q, cells_k, counts_k, layout, width, scale, mass=pooled)
 
 

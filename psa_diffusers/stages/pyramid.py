@@ -30,6 +30,7 @@ class Pyramid:
             ``(k - mean key)^T (v - mean value) / L``, the means being those of the token's cell; zero at factor 1.
             None without value_tilt.
         finite: ``[B, H]`` bool, whether all keys and values of the head are finite numbers.
+        ready: What to wait for before the covariance is read, on a GPU that is still at it.
     """
 
     factors: tuple[int, ...]
@@ -40,6 +41,7 @@ class Pyramid:
     variance: Tensor | None
     covariance: Tensor | None
     finite: Tensor
+    ready: torch.cuda.Event | None = None
 
 
 def pooled_rows(lanes: int, factors: tuple[int, ...]) -> tuple[tuple[int, ...], int]:

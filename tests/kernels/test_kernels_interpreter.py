@@ -105,6 +105,7 @@ def test_views_are_read_in_place(rng):
     ("text_tokens", "text_first", "order", "importance", "mode", "sim"),
     [
         (0, True, "Gilbert", "pooled_mass", "topk", False),
+        (17, True, "boxes", "pooled_moments", "topk", False),
         (17, True, "boxes", "sampled_max", "thresholdbound", False),
         (17, False, "tiles", "pooled_mass", "thresholdbound", True),
         (226, True, "Gilbert", "sampled_max", "topk", True),
@@ -169,15 +170,17 @@ def test_pyramid_is_that_of_the_stage(dtype, rng):
     assert torch.equal(ours.finite, theirs.finite)
 
 
-@pytest.mark.parametrize("method", ["pooled_mass", "sampled_max"])
+@pytest.mark.parametrize("pooled", [False, True], ids=["tokens", "pyramid"])
+@pytest.mark.parametrize("method", ["pooled_mass", "pooled_moments", "sampled_max"])
 @pytest.mark.parametrize(("m", "n"), [(32, 32), (64, 16), (16, 128)])
-def test_importance_is_the_definition(method, m, n, rng):
+def test_importance_is_the_definition(method, m, n, pooled, rng):
     from psa_diffusers import kernels
 
-    q, k, _ = random_qkv(rng, 1, 2, 150, 16)
+    q, k, v = random_qkv(rng, 1, 2, 150, 16)
     layout = make_layout((2, 7, 10), 10, True, m, n, "raster", (1, 1, 1), CPU)
     truth = oracle.oracle_importance(q, k, method, m, n, order=[*range(10, 150), *range(10)], segments=[140, 10])
-    actual = kernels.block_importance(q, k, layout, method, 0.25)
+    pyramid = kernels.build_pyramid(k, v, layout, (1, 2, 16), key_variance=True) if pooled else None
+    actual = kernels.block_importance(q, k, layout, method, 0.25, pyramid)
     torch.testing.assert_close(actual.double(), truth, rtol=1e-5, atol=1e-6)  # a few roundings of float32
 
 
