@@ -520,7 +520,6 @@ def _compute(
         query_rows = gl.load(query_rows_ptr + i_m * BLOCK_M + part * 64 + gl.arange(0, 64, gl.SliceLayout(1, ROWS)))
         # all keys of the first tiles are real
         clean = gl.maximum(lanes[0] - ragged, 0) // TILE
-        end = gl.maximum((lanes[0] + TILE - 1) // TILE, 1)  # of the tiles of factor 1
 
         mbarrier.wait(k_full.index(n_k % STAGES), (n_k // STAGES) & 1)
         fence_async_shared()
@@ -541,28 +540,32 @@ def _compute(
                 part, n_k + t, n_v + t, q_mine, ones, k_smem, v_smem, bias_smem, turn, k_full, k_empty, v_full, v_empty,
                 b_o, b_p, b_max, b_sum, b_mass, qk_scale, False, False, D, TILE, STAGES,
             )  # fmt: skip
-        start = gl.maximum(clean, 1)
+        tiles = gl.maximum(clean, 1)
         rest = 0
         for f in range(F):
-            if f > 0:
-                lanes_f = _read(work_smem, slot * (F + 1) + f + 1, LANES)
-                end += lanes_f // TILE
-                rest += lanes_f % TILE
-            for t in range(start, end):
+            lanes_f = _read(work_smem, slot * (F + 1) + f + 1, LANES)
+            whole = lanes_f // TILE
+            rest += lanes_f % TILE
+            if f == 0:
+                whole = gl.maximum((lanes_f + TILE - 1) // TILE - tiles, 0)
+                rest = 0
+            # from 0: Triton 3.6 starts a loop at 0 whose start an outer loop carries
+            for t in range(whole):
                 b_o, b_p, b_max, b_sum, b_mass = _step(
-                    part, n_k + t, n_v + t, q_mine, ones, k_smem, v_smem, bias_smem, turn, k_full, k_empty, v_full,
-                    v_empty, b_o, b_p, b_max, b_sum, b_mass, qk_scale, True, False, D, TILE, STAGES,
+                    part, n_k + tiles + t, n_v + tiles + t, q_mine, ones, k_smem, v_smem, bias_smem, turn, k_full,
+                    k_empty, v_full, v_empty, b_o, b_p, b_max, b_sum, b_mass, qk_scale, True, False, D, TILE, STAGES,
                 )  # fmt: skip
-            start = gl.maximum(start, end)
+            tiles += whole
             # the sum is that of the factor at hand; masses stand in the columns of their factors
             b_mass += gl.where((o_f == f)[None, :], gl.sum(b_sum, 1)[:, None], 0.0)
             b_sum = gl.zeros([64, 8], gl.float32, FEW)
-        tiles = end + (rest + TILE - 1) // TILE
-        for t in range(end, tiles):
+        rest = (rest + TILE - 1) // TILE
+        for t in range(rest):
             b_o, b_p, b_max, b_sum, b_mass = _step(
-                part, n_k + t, n_v + t, q_mine, ones, k_smem, v_smem, bias_smem, turn, k_full, k_empty, v_full, v_empty,
-                b_o, b_p, b_max, b_sum, b_mass, qk_scale, True, True, D, TILE, STAGES,
+                part, n_k + tiles + t, n_v + tiles + t, q_mine, ones, k_smem, v_smem, bias_smem, turn, k_full,
+                k_empty, v_full, v_empty, b_o, b_p, b_max, b_sum, b_mass, qk_scale, True, True, D, TILE, STAGES,
             )  # fmt: skip
+        tiles += rest
         n_k += tiles
         n_v += tiles
         stage = (n_v - 1) % STAGES
