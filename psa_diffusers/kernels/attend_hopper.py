@@ -212,6 +212,7 @@ def _send(
     mbarrier.wait(k_empty.index(stage), (n // STAGES) & 1 ^ 1)
     _copy_rows(k_smem.index(stage), k_src, rows, k_step, D, WIDE)
     async_copy.mbarrier_arrive(k_full.index(stage), increment_count=False)
+    b_stage = n % (STAGES + 2)
     # in the unit of a product of query and key, as the sum of two numbers in half precision
     CHANNELS: gl.constexpr = gl.BlockedLayout([1, 16], [32, 1], [4, 1], [1, 0])
     high = bias.to(bias_smem.dtype)
@@ -221,7 +222,7 @@ def _send(
     channel = gl.arange(0, 16, gl.SliceLayout(0, CHANNELS))[None, :]
     f = gl.convert_layout(f, gl.SliceLayout(1, CHANNELS))[:, None]
     one = gl.where(channel == f + 8, 1.0, 0.0).to(bias_smem.dtype)  # which factor a key belongs to
-    bias_smem.index(stage).store(gl.where(channel == 0, high, gl.where(channel == 1, low, one)))
+    bias_smem.index(b_stage).store(gl.where(channel == 0, high, gl.where(channel == 1, low, one)))
     fence_async_shared()
     mbarrier.arrive(k_full.index(stage), count=1)
     stage = n_v % STAGES
@@ -436,13 +437,17 @@ def _scores(q_mine, ones, keys, biases, BIAS: gl.constexpr, TILE: gl.constexpr):
 @gluon.jit
 def _step(
     part, n, n_v, q_mine, ones, k_smem, v_smem, bias_smem, turn, k_full, k_empty, v_full, v_empty,
-    b_o, b_p, b_max, b_sum, b_mass, qk_scale,
-    BIAS: gl.constexpr, MIXED: gl.constexpr, D: gl.constexpr, TILE: gl.constexpr, STAGES: gl.constexpr,
+    b_o, b_p, b_max, b_sum, b_last, b_mass, qk_scale,
+    POOLED: gl.constexpr, D: gl.constexpr, TILE: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """Scores of tile n, while the values of the tile before are added.
 
     The two groups that compute take turns: products of one run while the other makes weights. Every product ends within
     the step: one that crosses the end of a loop makes the assembler wait after each.
+
+    Tokens are all of one factor: their weights are added up as they are made, `b_last` those of the last tile, `b_sum`
+    those of the tiles before. Pooled tiles may hold several factors: which key belongs to which is a matrix of ones next
+    to the biases, so that the masses of the factors are a product like the values.
     """
     OUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
     FEW: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 8, 16])
@@ -452,39 +457,35 @@ def _step(
     mbarrier.wait(k_full.index(stage), (n // STAGES) & 1)
     fence_async_shared()
     mbarrier.wait(turn.index(part), (n & 1) ^ (1 - part))
-    b_s = _scores(q_mine, ones, k_smem.index(stage), bias_smem.index(stage), BIAS, TILE)
+    b_s = _scores(q_mine, ones, k_smem.index(stage), bias_smem.index(n % (STAGES + 2)), POOLED, TILE)
     mbarrier.wait(v_full.index(v_stage), ((n_v - 1) // STAGES) & 1)
     fence_async_shared()
     b_w = _unpack(b_p, q_mine.dtype, gl.DotOperandLayout(0, OUT, 2))
     b_o = warpgroup_mma(b_w, v_smem.index(v_stage), b_o, is_async=True)
+    if POOLED:
+        b_mass = warpgroup_mma(b_w, bias_smem.index((n - 1) % (STAGES + 2)), b_mass, is_async=True)
     mbarrier.arrive(turn.index(1 - part), count=1)
-    b_s = warpgroup_mma_wait(1, deps=(b_s,))
+    b_s = warpgroup_mma_wait(2 if POOLED else 1, deps=(b_s,))
     # early where a third tile of keys waits for this one's place
-    EARLY: gl.constexpr = STAGES == 2 and not MIXED
-    if EARLY:
+    if STAGES == 2:
         mbarrier.arrive(k_empty.index(stage), count=1)
     b_s, new_max, decay = _softmax(b_s, b_max, qk_scale)
     few = gl.convert_layout(decay, gl.SliceLayout(1, FEW))[:, None]
-    b_mass = b_mass * few
-    b_sum = b_sum * few
-    if not MIXED:
-        b_sum += gl.convert_layout(_fold(b_s, True), FEW)
-    b_o, b_w = warpgroup_mma_wait(0, deps=(b_o, b_w))
+    if POOLED:
+        b_sum = b_sum * few
+    else:
+        b_sum = (b_sum + b_last) * few
+        b_last = gl.convert_layout(_fold(b_s, True), FEW)
+    b_o, b_mass, b_w = warpgroup_mma_wait(0, deps=(b_o, b_mass, b_w))
     # not before: the assembler serialises products whose operands are made while others run
     b_next = _pack(b_s, q_mine.dtype)
     mbarrier.arrive(v_empty.index(v_stage), count=1)
-    b_o = b_o * gl.convert_layout(decay, gl.SliceLayout(1, OUT))[:, None]
-    if MIXED:
-        # which key belongs to which factor is a matrix of ones: the masses are one more product
-        b_w = _unpack(b_next, q_mine.dtype, gl.DotOperandLayout(0, MASSES, 2))
-        zero = gl.zeros([64, 16], gl.float32, MASSES)
-        masses = warpgroup_mma(b_w, bias_smem.index(stage), zero, use_acc=False, is_async=True)
-        masses = warpgroup_mma_wait(0, deps=(masses,))
-        biases, masses = masses.reshape([64, 2, 8]).permute([0, 2, 1]).split()
-        b_mass += gl.convert_layout(masses, FEW)
-    if not EARLY:
+    if STAGES > 2:
         mbarrier.arrive(k_empty.index(stage), count=1)
-    return b_o, b_next, new_max, b_sum, b_mass
+    b_o = b_o * gl.convert_layout(decay, gl.SliceLayout(1, OUT))[:, None]
+    if POOLED:
+        b_mass = b_mass * gl.convert_layout(decay, gl.SliceLayout(1, MASSES))[:, None]
+    return b_o, b_next, new_max, b_sum, b_last, b_mass
 
 
 @gluon.jit
@@ -501,7 +502,8 @@ def _compute(
     OUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
     FEW: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 8, 16])
     dtype: gl.constexpr = q_smem.dtype
-    o_f = gl.arange(0, 8, gl.SliceLayout(0, FEW))
+    MASSES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 16, 16])
+    o_c = gl.arange(0, 16, gl.SliceLayout(0, MASSES))
     n_work = 0
     n_k = 0
     n_v = 0
@@ -520,52 +522,33 @@ def _compute(
         query_rows = gl.load(query_rows_ptr + i_m * BLOCK_M + part * 64 + gl.arange(0, 64, gl.SliceLayout(1, ROWS)))
         # all keys of the first tiles are real
         clean = gl.maximum(lanes[0] - ragged, 0) // TILE
+        tiles = gl.maximum((lanes[0] + TILE - 1) // TILE, 1) + (kept - lanes[0] + TILE - 1) // TILE
 
         mbarrier.wait(k_full.index(n_k % STAGES), (n_k // STAGES) & 1)
         fence_async_shared()
         stage = n_k % STAGES
         mbarrier.wait(turn.index(part), (n_k & 1) ^ (1 - part))
-        b_s = _scores(q_mine, ones, k_smem.index(stage), bias_smem.index(stage), True, TILE)
+        b_s = _scores(q_mine, ones, k_smem.index(stage), bias_smem.index(n_k % (STAGES + 2)), True, TILE)
         mbarrier.arrive(turn.index(1 - part), count=1)
         b_s = warpgroup_mma_wait(0, deps=(b_s,))
         mbarrier.arrive(k_empty.index(stage), count=1)
         b_max = gl.full([64], float("-inf"), gl.float32, gl.SliceLayout(1, SCORES))
-        b_s, b_max, decay = _softmax(b_s, b_max, qk_scale)
-        b_sum = gl.convert_layout(_fold(b_s, True), FEW)
-        b_mass = gl.zeros([64, 8], gl.float32, FEW)
+        b_s, b_max, _decay = _softmax(b_s, b_max, qk_scale)
+        b_last = gl.convert_layout(_fold(b_s, True), FEW)
+        b_sum = gl.zeros([64, 8], gl.float32, FEW)
+        b_mass = gl.zeros([64, 16], gl.float32, MASSES)
         b_p = _pack(b_s, dtype)
         b_o = gl.zeros([64, D], gl.float32, OUT)
         for t in range(1, clean):
-            b_o, b_p, b_max, b_sum, b_mass = _step(
+            b_o, b_p, b_max, b_sum, b_last, b_mass = _step(
                 part, n_k + t, n_v + t, q_mine, ones, k_smem, v_smem, bias_smem, turn, k_full, k_empty, v_full, v_empty,
-                b_o, b_p, b_max, b_sum, b_mass, qk_scale, False, False, D, TILE, STAGES,
+                b_o, b_p, b_max, b_sum, b_last, b_mass, qk_scale, False, D, TILE, STAGES,
             )  # fmt: skip
-        tiles = gl.maximum(clean, 1)
-        rest = 0
-        for f in range(F):
-            lanes_f = _read(work_smem, slot * (F + 1) + f + 1, LANES)
-            whole = lanes_f // TILE
-            rest += lanes_f % TILE
-            if f == 0:
-                whole = gl.maximum((lanes_f + TILE - 1) // TILE - tiles, 0)
-                rest = 0
-            # from 0: Triton 3.6 starts a loop at 0 whose start an outer loop carries
-            for t in range(whole):
-                b_o, b_p, b_max, b_sum, b_mass = _step(
-                    part, n_k + tiles + t, n_v + tiles + t, q_mine, ones, k_smem, v_smem, bias_smem, turn, k_full,
-                    k_empty, v_full, v_empty, b_o, b_p, b_max, b_sum, b_mass, qk_scale, True, False, D, TILE, STAGES,
-                )  # fmt: skip
-            tiles += whole
-            # the sum is that of the factor at hand; masses stand in the columns of their factors
-            b_mass += gl.where((o_f == f)[None, :], gl.sum(b_sum, 1)[:, None], 0.0)
-            b_sum = gl.zeros([64, 8], gl.float32, FEW)
-        rest = (rest + TILE - 1) // TILE
-        for t in range(rest):
-            b_o, b_p, b_max, b_sum, b_mass = _step(
-                part, n_k + tiles + t, n_v + tiles + t, q_mine, ones, k_smem, v_smem, bias_smem, turn, k_full,
-                k_empty, v_full, v_empty, b_o, b_p, b_max, b_sum, b_mass, qk_scale, True, True, D, TILE, STAGES,
+        for t in range(gl.maximum(clean, 1), tiles):
+            b_o, b_p, b_max, b_sum, b_last, b_mass = _step(
+                part, n_k + t, n_v + t, q_mine, ones, k_smem, v_smem, bias_smem, turn, k_full, k_empty, v_full, v_empty,
+                b_o, b_p, b_max, b_sum, b_last, b_mass, qk_scale, True, D, TILE, STAGES,
             )  # fmt: skip
-        tiles += rest
         n_k += tiles
         n_v += tiles
         stage = (n_v - 1) % STAGES
@@ -573,11 +556,13 @@ def _compute(
         fence_async_shared()
         b_w = _unpack(b_p, dtype, gl.DotOperandLayout(0, OUT, 2))
         b_o = warpgroup_mma(b_w, v_smem.index(stage), b_o, is_async=True)
-        # a row that keeps nothing is 0; 0 / 0 of a row whose weights all vanish stays NaN, as in dense attention
-        sum_mass = gl.where(kept > 0, gl.sum(b_mass, 1), 1.0)
-        b_mass = b_mass / sum_mass[:, None]
-        b_o, b_w = warpgroup_mma_wait(0, deps=(b_o, b_w))
+        b_mass = warpgroup_mma(b_w, bias_smem.index((n_k - 1) % (STAGES + 2)), b_mass, is_async=True)
+        b_o, b_mass, b_w = warpgroup_mma_wait(0, deps=(b_o, b_mass, b_w))
         mbarrier.arrive(v_empty.index(stage), count=1)
+        # a row that keeps nothing is 0; 0 / 0 of a row whose weights all vanish stays NaN, as in dense attention
+        sum_tokens = gl.convert_layout(gl.sum(b_sum, 1), gl.SliceLayout(1, MASSES))
+        sum_mass = sum_tokens + gl.sum(gl.where(o_c[None, :] >= 8, b_mass, 0.0), 1)
+        sum_mass = gl.where(kept > 0, sum_mass, 1.0)
         b_o = b_o / gl.convert_layout(sum_mass, gl.SliceLayout(1, OUT))[:, None]
 
         if VALUE_TILT:
@@ -589,7 +574,7 @@ def _compute(
                     fence_async_shared()
                     covariance = v_smem.index(stage).slice(0, D, dim=0)
                     b_t = warpgroup_mma(q_mine, covariance, zero, use_acc=False, is_async=True)
-                    share = gl.sum(gl.where(o_f[None, :] == f, b_mass, 0.0), 1) * scale
+                    share = gl.sum(gl.where(o_c[None, :] == f + 8, b_mass, 0.0), 1) / sum_mass * scale
                     if SIZED:
                         share = share * gl.load(sizes_ptr + i_bh * F + f)
                     share = gl.convert_layout(share, gl.SliceLayout(1, OUT))
@@ -634,7 +619,8 @@ def _attend_kernel(
     k_smem = gl.allocate_shared_memory(dtype, [STAGES, TILE, D], SWIZZLED)
     v_smem = gl.allocate_shared_memory(dtype, [STAGES, TILE, D], SWIZZLED)
     NARROW: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=32, element_bitwidth=16, rank=2)
-    bias_smem = gl.allocate_shared_memory(dtype, [STAGES, TILE, 16], NARROW)
+    # two more than of keys: the bias of a tile is read once more when its values are added
+    bias_smem = gl.allocate_shared_memory(dtype, [STAGES + 2, TILE, 16], NARROW)
     ones = gl.allocate_shared_memory(dtype, [64, 16], NARROW)
     ONES: gl.constexpr = gl.BlockedLayout([1, 8], [16, 2], [4, 1], [1, 0])
     channel = gl.arange(0, 16, gl.SliceLayout(0, ONES))[None, :]
