@@ -6,4 +6,12 @@ from psa_diffusers.kernels.levels import assign_block_levels, key_cosine_cap
 from psa_diffusers.kernels.pyramid import build_pyramid, fit_tilt
 from psa_diffusers.kernels.schedule import make_schedule
 
-__all__ = ["assign_block_levels", "attend", "block_importance", "build_pyramid", "fit_tilt", "key_cosine_cap", "make_schedule"]
+__all__ = [
+    "assign_block_levels",
+    "attend",
+    "block_importance",
+    "build_pyramid",
+    "fit_tilt",
+    "key_cosine_cap",
+    "make_schedule",
+]

@@ -86,7 +86,9 @@ def hopper_kernel(device: torch.device) -> ModuleType | None:
     try:
         from psa_diffusers.kernels import attend_hopper
     except (ImportError, AttributeError) as error:
-        logger.warning("PSA uses its general kernel, which is slower on this GPU: Triton %s, %s", triton.__version__, error)
+        logger.warning(
+            "PSA uses its general kernel, which is slower on this GPU: Triton %s, %s", triton.__version__, error
+        )
         return None
     return attend_hopper
 

@@ -24,8 +24,7 @@ from psa_diffusers.layout import Layout
 from psa_diffusers.stages.pyramid import Pyramid
 from psa_diffusers.stages.schedule import Schedule
 
-BLOCK_M = 128  # queries of a program: 64 for each group of warps that computes
-TILE = 128  # keys or cells of an iteration
+BLOCKS_M = (64, 128)  # queries of a program: 64 for each group of warps that computes
 HEAD_DIMS = (64, 128)
 MOST_FACTORS = 8
 LEAST_SCALE = 1e-3
@@ -39,8 +38,8 @@ def takes(q: Tensor, k: Tensor, v: Tensor, layout: Layout, schedule: Schedule, s
     return (
         q.dtype in (torch.bfloat16, torch.float16)
         and q.shape[3] in HEAD_DIMS
-        and layout.block_m == BLOCK_M
-        and layout.block_n <= TILE
+        and layout.block_m in BLOCKS_M
+        and layout.block_n <= 128
         and len(schedule.factors) <= MOST_FACTORS
         # biases travel in half precision, in the unit of a product of query and key
         and scale >= LEAST_SCALE
@@ -67,8 +66,11 @@ def attend(
     num_factors = len(schedule.factors)
     key_variance, value_tilt = pyramid.variance is not None, pyramid.covariance is not None
     covariance, sizes = _halve(pyramid.covariance, q.dtype) if value_tilt else (q, pyramid.log_counts)
+    # one group that computes: half of the room and of the registers, so that two programs share a multiprocessor
+    alone = layout.block_m == 64
+    tile = 64 if alone and dim == 128 else 128
     with on_device(q):
-        programs = torch.cuda.get_device_properties(q.device).multi_processor_count
+        programs = (1 + alone) * torch.cuda.get_device_properties(q.device).multi_processor_count
         work = layout.num_query_blocks * batch * heads
         _attend_kernel[(min(programs, work),)](
             q, k, v, out,
@@ -81,10 +83,11 @@ def attend(
             _pack_cells(schedule.factors, layout.block_n), _pack_bases(schedule.factors, layout.block_n),
             (layout.num_key_blocks - layout.video_key_blocks + 1) * layout.block_n,
             scale, scale * log2e, 1 / scale, 0.5 * scale**2, variance_cap,
-            D=dim, BLOCK_M=BLOCK_M, BLOCK_N=layout.block_n, TILE=TILE, STAGES=256 // dim, F=num_factors,
+            D=dim, BLOCK_M=layout.block_m, BLOCK_N=layout.block_n, TILE=tile, STAGES=2 if alone else 256 // dim,
+            F=num_factors,
             KEY_VARIANCE=key_variance, VALUE_TILT=value_tilt, SIZED=q.dtype == torch.float16,
             WIDE=max(q.shape[2] * x.stride(2) for x in (q, k, v)) >= 2**31,
-            COMPUTE_REGISTERS=216, FETCH_REGISTERS=80, num_warps=4,
+            COMPUTE_REGISTERS=216, FETCH_REGISTERS=80, num_warps=4, maxnreg=128 if alone else None,
         )  # fmt: skip
     return out
 
@@ -358,12 +361,14 @@ def _fetch(
         if VALUE_TILT:
             for f in gl.static_range(1, F):
                 if lanes[f] > 0:
-                    stage = n_v % STAGES
-                    rows = gl.where(o_l < D, o_l, -1)
-                    mbarrier.wait(v_empty.index(stage), (n_v // STAGES) & 1 ^ 1)
-                    _copy_rows(v_smem.index(stage), covariance_ptr + (i_bh * F + f) * D * D, rows, D, D, WIDE)
-                    async_copy.mbarrier_arrive(v_full.index(stage), increment_count=False)
-                    n_v += 1
+                    for c in gl.static_range((D + TILE - 1) // TILE):
+                        stage = n_v % STAGES
+                        channel = c * TILE + o_l
+                        rows = gl.where(channel < D, channel, -1)
+                        mbarrier.wait(v_empty.index(stage), (n_v // STAGES) & 1 ^ 1)
+                        _copy_rows(v_smem.index(stage), covariance_ptr + (i_bh * F + f) * D * D, rows, D, D, WIDE)
+                        async_copy.mbarrier_arrive(v_full.index(stage), increment_count=False)
+                        n_v += 1
         begins = next_begins
         lanes = next_lanes
         n_work += 1
@@ -438,12 +443,12 @@ def _scores(q_mine, ones, keys, biases, BIAS: gl.constexpr, TILE: gl.constexpr):
 def _step(
     part, n, n_v, q_mine, ones, k_smem, v_smem, bias_smem, turn, k_full, k_empty, v_full, v_empty,
     b_o, b_p, b_max, b_sum, b_last, b_mass, qk_scale,
-    POOLED: gl.constexpr, D: gl.constexpr, TILE: gl.constexpr, STAGES: gl.constexpr,
+    POOLED: gl.constexpr, TURNS: gl.constexpr, D: gl.constexpr, TILE: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """Scores of tile n, while the values of the tile before are added.
 
-    The two groups that compute take turns: products of one run while the other makes weights. Every product ends within
-    the step: one that crosses the end of a loop makes the assembler wait after each.
+    Two groups that compute take turns: products of one run while the other makes weights. Every product ends within the
+    step: one that crosses the end of a loop makes the assembler wait after each.
 
     Tokens are all of one factor: their weights are added up as they are made, `b_last` those of the last tile, `b_sum`
     those of the tiles before. Pooled tiles may hold several factors: which key belongs to which is a matrix of ones next
@@ -456,7 +461,8 @@ def _step(
     v_stage = (n_v - 1) % STAGES
     mbarrier.wait(k_full.index(stage), (n // STAGES) & 1)
     fence_async_shared()
-    mbarrier.wait(turn.index(part), (n & 1) ^ (1 - part))
+    if TURNS:
+        mbarrier.wait(turn.index(part), (n & 1) ^ (1 - part))
     b_s = _scores(q_mine, ones, k_smem.index(stage), bias_smem.index(n % (STAGES + 2)), POOLED, TILE)
     mbarrier.wait(v_full.index(v_stage), ((n_v - 1) // STAGES) & 1)
     fence_async_shared()
@@ -464,7 +470,8 @@ def _step(
     b_o = warpgroup_mma(b_w, v_smem.index(v_stage), b_o, is_async=True)
     if POOLED:
         b_mass = warpgroup_mma(b_w, bias_smem.index((n - 1) % (STAGES + 2)), b_mass, is_async=True)
-    mbarrier.arrive(turn.index(1 - part), count=1)
+    if TURNS:
+        mbarrier.arrive(turn.index(1 - part), count=1)
     b_s = warpgroup_mma_wait(2 if POOLED else 1, deps=(b_s,))
     # early where a third tile of keys waits for this one's place
     if STAGES == 2:
@@ -502,6 +509,7 @@ def _compute(
     OUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
     FEW: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 8, 16])
     dtype: gl.constexpr = q_smem.dtype
+    TURNS: gl.constexpr = BLOCK_M == 128
     MASSES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 16, 16])
     o_c = gl.arange(0, 16, gl.SliceLayout(0, MASSES))
     n_work = 0
@@ -527,9 +535,11 @@ def _compute(
         mbarrier.wait(k_full.index(n_k % STAGES), (n_k // STAGES) & 1)
         fence_async_shared()
         stage = n_k % STAGES
-        mbarrier.wait(turn.index(part), (n_k & 1) ^ (1 - part))
+        if TURNS:
+            mbarrier.wait(turn.index(part), (n_k & 1) ^ (1 - part))
         b_s = _scores(q_mine, ones, k_smem.index(stage), bias_smem.index(n_k % (STAGES + 2)), True, TILE)
-        mbarrier.arrive(turn.index(1 - part), count=1)
+        if TURNS:
+            mbarrier.arrive(turn.index(1 - part), count=1)
         b_s = warpgroup_mma_wait(0, deps=(b_s,))
         mbarrier.arrive(k_empty.index(stage), count=1)
         b_max = gl.full([64], float("-inf"), gl.float32, gl.SliceLayout(1, SCORES))
@@ -542,12 +552,12 @@ def _compute(
         for t in range(1, clean):
             b_o, b_p, b_max, b_sum, b_last, b_mass = _step(
                 part, n_k + t, n_v + t, q_mine, ones, k_smem, v_smem, bias_smem, turn, k_full, k_empty, v_full, v_empty,
-                b_o, b_p, b_max, b_sum, b_last, b_mass, qk_scale, False, D, TILE, STAGES,
+                b_o, b_p, b_max, b_sum, b_last, b_mass, qk_scale, False, TURNS, D, TILE, STAGES,
             )  # fmt: skip
         for t in range(gl.maximum(clean, 1), tiles):
             b_o, b_p, b_max, b_sum, b_last, b_mass = _step(
                 part, n_k + t, n_v + t, q_mine, ones, k_smem, v_smem, bias_smem, turn, k_full, k_empty, v_full, v_empty,
-                b_o, b_p, b_max, b_sum, b_last, b_mass, qk_scale, True, D, TILE, STAGES,
+                b_o, b_p, b_max, b_sum, b_last, b_mass, qk_scale, True, TURNS, D, TILE, STAGES,
             )  # fmt: skip
         n_k += tiles
         n_v += tiles
@@ -567,24 +577,29 @@ def _compute(
 
         if VALUE_TILT:
             zero = gl.zeros([64, D], gl.float32, OUT)
+            CHUNK: gl.constexpr = min(D, TILE)
             for f in gl.static_range(1, F):
                 if lanes[f] > 0:
-                    stage = n_v % STAGES
-                    mbarrier.wait(v_full.index(stage), (n_v // STAGES) & 1)
-                    fence_async_shared()
-                    covariance = v_smem.index(stage).slice(0, D, dim=0)
-                    b_t = warpgroup_mma(q_mine, covariance, zero, use_acc=False, is_async=True)
                     share = gl.sum(gl.where(o_c[None, :] == f + 8, b_mass, 0.0), 1) / sum_mass * scale
                     if SIZED:
                         share = share * gl.load(sizes_ptr + i_bh * F + f)
                     share = gl.convert_layout(share, gl.SliceLayout(1, OUT))
-                    b_t = warpgroup_mma_wait(0, deps=(b_t,))
-                    mbarrier.arrive(v_empty.index(stage), count=1)
-                    b_o += b_t * share[:, None]
-                    n_v += 1
+                    for c in gl.static_range(D // CHUNK):
+                        stage = n_v % STAGES
+                        mbarrier.wait(v_full.index(stage), (n_v // STAGES) & 1)
+                        fence_async_shared()
+                        queries = q_mine.slice(c * CHUNK, CHUNK, dim=1)
+                        covariance = v_smem.index(stage).slice(0, CHUNK, dim=0)
+                        b_t = warpgroup_mma(queries, covariance, zero, use_acc=False, is_async=True)
+                        b_t = warpgroup_mma_wait(0, deps=(b_t,))
+                        mbarrier.arrive(v_empty.index(stage), count=1)
+                        b_o += b_t * share[:, None]
+                        n_v += 1
         o_d = gl.arange(0, D, gl.SliceLayout(0, ROWS))
         q_mine.store(b_o.to(dtype))
-        pointers = o_ptr + (i_bh // H) * o_b + (i_bh % H) * o_h + query_rows.to(gl.int64)[:, None] * o_step + o_d[None, :]
+        pointers = (
+            o_ptr + (i_bh // H) * o_b + (i_bh % H) * o_h + query_rows.to(gl.int64)[:, None] * o_step + o_d[None, :]
+        )
         gl.store(pointers, q_mine.load(ROWS), mask=(query_rows >= 0)[:, None])
         mbarrier.arrive(q_empty.index(slot), count=1)
 
@@ -594,7 +609,7 @@ def _compute(
         i = _read(work_smem, slot * (F + 1), LANES)
 
 
-@gluon.jit(do_not_specialize=["num_rows", "work", "packed_cells", "packed_bases", "ragged"])
+@gluon.jit(do_not_specialize=["H", "M", "N", "num_rows", "work", "packed_cells", "packed_bases", "ragged"])
 def _attend_kernel(
     q_ptr, k_ptr, v_ptr, o_ptr,                         # [B, H, L, D]
     keys_ptr, values_ptr, log_counts_ptr,               # [B, H, P, D] [B, H, P, D] [P]
@@ -643,30 +658,54 @@ def _attend_kernel(
         mbarrier.init(v_full.index(i), count=128)
         mbarrier.init(v_empty.index(i), count=PARTS)
     fence_async_shared()
-    gl.warp_specialize(
-        [
-            (_compute, (
-                0,
-                    o_ptr, sizes_ptr, query_rows_ptr, o_b, o_h, o_step, H, M, packed_cells, ragged, scale, qk_scale,
-                    q_smem, ones, k_smem, v_smem, bias_smem, work_smem, turn, q_full, q_empty, k_full, k_empty, v_full, v_empty,
+    # constants keep their kind only where they stand in the call, so the lists are written out
+    if PARTS == 2:
+        gl.warp_specialize(
+            [
+                (_compute, (
+                    0, o_ptr, sizes_ptr, query_rows_ptr, o_b, o_h, o_step, H, M, packed_cells, ragged, scale, qk_scale,
+                    q_smem, ones, k_smem, v_smem, bias_smem, work_smem, turn,
+                    q_full, q_empty, k_full, k_empty, v_full, v_empty,
                     D, BLOCK_M, BLOCK_N, TILE, STAGES, F, VALUE_TILT, SIZED,
-            )),
-            (_compute, (
-                1,
-                    o_ptr, sizes_ptr, query_rows_ptr, o_b, o_h, o_step, H, M, packed_cells, ragged, scale, qk_scale,
-                    q_smem, ones, k_smem, v_smem, bias_smem, work_smem, turn, q_full, q_empty, k_full, k_empty, v_full, v_empty,
+                )),
+                (_compute, (
+                    1, o_ptr, sizes_ptr, query_rows_ptr, o_b, o_h, o_step, H, M, packed_cells, ragged, scale, qk_scale,
+                    q_smem, ones, k_smem, v_smem, bias_smem, work_smem, turn,
+                    q_full, q_empty, k_full, k_empty, v_full, v_empty,
                     D, BLOCK_M, BLOCK_N, TILE, STAGES, F, VALUE_TILT, SIZED,
-            )),
-            (_fetch, (
-                q_ptr, k_ptr, v_ptr, keys_ptr, values_ptr, log_counts_ptr, variance_ptr, covariance_ptr,
-                block_ids_ptr, offsets_ptr, query_rows_ptr, key_rows_ptr, counter_ptr,
-                q_b, q_h, q_step, k_b, k_h, k_step, v_b, v_h, v_step,
-                H, M, N, num_rows, work, packed_cells, packed_bases, inverse_scale, norm_scale, bias_cap,
-                q_smem, k_smem, v_smem, bias_smem, work_smem,
-                q_full, q_empty, k_full, k_empty, v_full, v_empty,
-                D, BLOCK_M, BLOCK_N, TILE, STAGES, F, KEY_VARIANCE, VALUE_TILT, WIDE,
-            )),
-        ],
-        [4, 4],
-        [COMPUTE_REGISTERS, FETCH_REGISTERS],
-    )  # fmt: skip
+                )),
+                (_fetch, (
+                    q_ptr, k_ptr, v_ptr, keys_ptr, values_ptr, log_counts_ptr, variance_ptr, covariance_ptr,
+                    block_ids_ptr, offsets_ptr, query_rows_ptr, key_rows_ptr, counter_ptr,
+                    q_b, q_h, q_step, k_b, k_h, k_step, v_b, v_h, v_step,
+                    H, M, N, num_rows, work, packed_cells, packed_bases, inverse_scale, norm_scale, bias_cap,
+                    q_smem, k_smem, v_smem, bias_smem, work_smem,
+                    q_full, q_empty, k_full, k_empty, v_full, v_empty,
+                    D, BLOCK_M, BLOCK_N, TILE, STAGES, F, KEY_VARIANCE, VALUE_TILT, WIDE,
+                )),
+            ],
+            [4, 4],
+            [COMPUTE_REGISTERS, FETCH_REGISTERS],
+        )  # fmt: skip
+    else:
+        gl.warp_specialize(
+            [
+                (_compute, (
+                    0, o_ptr, sizes_ptr, query_rows_ptr, o_b, o_h, o_step, H, M, packed_cells, ragged, scale, qk_scale,
+                    q_smem, ones, k_smem, v_smem, bias_smem, work_smem, turn,
+                    q_full, q_empty, k_full, k_empty, v_full, v_empty,
+                    D, BLOCK_M, BLOCK_N, TILE, STAGES, F, VALUE_TILT, SIZED,
+                )),
+                (_fetch, (
+                    q_ptr, k_ptr, v_ptr, keys_ptr, values_ptr, log_counts_ptr, variance_ptr, covariance_ptr,
+                    block_ids_ptr, offsets_ptr, query_rows_ptr, key_rows_ptr, counter_ptr,
+                    q_b, q_h, q_step, k_b, k_h, k_step, v_b, v_h, v_step,
+                    H, M, N, num_rows, work, packed_cells, packed_bases, inverse_scale, norm_scale, bias_cap,
+                    q_smem, k_smem, v_smem, bias_smem, work_smem,
+                    q_full, q_empty, k_full, k_empty, v_full, v_empty,
+                    D, BLOCK_M, BLOCK_N, TILE, STAGES, F, KEY_VARIANCE, VALUE_TILT, WIDE,
+                )),
+            ],
+            [4],
+            [FETCH_REGISTERS],
+        )  # fmt: skip

@@ -158,7 +158,9 @@ def _represent_kernel(
             x = load_rows(x_head, rows, rows >= 0, X_STRIDES[2], o_d, HEAD_DIM, D_PAD).to(tl.float32)
             away = tl.where((rows >= 0)[:, None] & (o_d < HEAD_DIM)[None, :], x - mean, 0.0)
             away_sum += tl.sum(away * away, 1)
-        tl.store(variances_ptr + i_bh * num_cells + o_c, away_sum / (tl.maximum(count, 1.0) * HEAD_DIM), mask=o_c < num_cells)
+        tl.store(
+            variances_ptr + i_bh * num_cells + o_c, away_sum / (tl.maximum(count, 1.0) * HEAD_DIM), mask=o_c < num_cells
+        )
 
 
 @triton.jit(do_not_specialize=["num_cells"])

@@ -184,25 +184,89 @@ def _pyramid_kernel(
                 k1, v1, n1, s1 = k, v, n, s
             else:
                 k, v, n, s = _merge(k1, v1, n1, s1, k, v, n, s, KEY_VARIANCE)
-                _keep(k, v, n, s, keys_ptr, values_ptr, variance_ptr, lane + i, inside, num_lanes, 1, FACTORS, HEAD_DIM, D_PAD, KEY_VARIANCE)
+                _keep(
+                    k,
+                    v,
+                    n,
+                    s,
+                    keys_ptr,
+                    values_ptr,
+                    variance_ptr,
+                    lane + i,
+                    inside,
+                    num_lanes,
+                    1,
+                    FACTORS,
+                    HEAD_DIM,
+                    D_PAD,
+                    KEY_VARIANCE,
+                )
                 if SPAN >= 4:
                     if i % 4 == 1:
                         k2, v2, n2, s2 = k, v, n, s
                     else:
                         k, v, n, s = _merge(k2, v2, n2, s2, k, v, n, s, KEY_VARIANCE)
-                        _keep(k, v, n, s, keys_ptr, values_ptr, variance_ptr, lane + i, inside, num_lanes, 2, FACTORS, HEAD_DIM, D_PAD, KEY_VARIANCE)
+                        _keep(
+                            k,
+                            v,
+                            n,
+                            s,
+                            keys_ptr,
+                            values_ptr,
+                            variance_ptr,
+                            lane + i,
+                            inside,
+                            num_lanes,
+                            2,
+                            FACTORS,
+                            HEAD_DIM,
+                            D_PAD,
+                            KEY_VARIANCE,
+                        )
                         if SPAN >= 8:
                             if i % 8 == 3:
                                 k3, v3, n3, s3 = k, v, n, s
                             else:
                                 k, v, n, s = _merge(k3, v3, n3, s3, k, v, n, s, KEY_VARIANCE)
-                                _keep(k, v, n, s, keys_ptr, values_ptr, variance_ptr, lane + i, inside, num_lanes, 3, FACTORS, HEAD_DIM, D_PAD, KEY_VARIANCE)
+                                _keep(
+                                    k,
+                                    v,
+                                    n,
+                                    s,
+                                    keys_ptr,
+                                    values_ptr,
+                                    variance_ptr,
+                                    lane + i,
+                                    inside,
+                                    num_lanes,
+                                    3,
+                                    FACTORS,
+                                    HEAD_DIM,
+                                    D_PAD,
+                                    KEY_VARIANCE,
+                                )
                                 if SPAN >= 16:
                                     if i % 16 == 7:
                                         k4, v4, n4, s4 = k, v, n, s
                                     else:
                                         k, v, n, s = _merge(k4, v4, n4, s4, k, v, n, s, KEY_VARIANCE)
-                                        _keep(k, v, n, s, keys_ptr, values_ptr, variance_ptr, lane + i, inside, num_lanes, 4, FACTORS, HEAD_DIM, D_PAD, KEY_VARIANCE)
+                                        _keep(
+                                            k,
+                                            v,
+                                            n,
+                                            s,
+                                            keys_ptr,
+                                            values_ptr,
+                                            variance_ptr,
+                                            lane + i,
+                                            inside,
+                                            num_lanes,
+                                            4,
+                                            FACTORS,
+                                            HEAD_DIM,
+                                            D_PAD,
+                                            KEY_VARIANCE,
+                                        )
 
     block = tl.program_id(0) * BLOCKS + tl.arange(0, BLOCKS)
     of_block = tl.max(tl.reshape(broken, (BLOCKS, BLOCK_N // SPAN)), 1)
@@ -307,17 +371,78 @@ def _covariance_kernel(
             if PAIRS:
                 # of two cells, the product of their differences is all there is: n1 n2 / (n1 + n2) (k1 - k2)^T (v1 - v2)
                 cell = t + 2 * o_t
-                k1, v1, n1 = _cells(cell, stop, k_ptr, v_ptr, rows_ptr, keys_ptr, values_ptr, log_counts_ptr, K_STRIDES[2], V_STRIDES[2], base_fine, log2_fine, o_d, o_c, HEAD_DIM, D_PAD, COLUMNS, FROM_TOKENS)
-                k2, v2, n2 = _cells(cell + 1, stop, k_ptr, v_ptr, rows_ptr, keys_ptr, values_ptr, log_counts_ptr, K_STRIDES[2], V_STRIDES[2], base_fine, log2_fine, o_d, o_c, HEAD_DIM, D_PAD, COLUMNS, FROM_TOKENS)
+                k1, v1, n1 = _cells(
+                    cell,
+                    stop,
+                    k_ptr,
+                    v_ptr,
+                    rows_ptr,
+                    keys_ptr,
+                    values_ptr,
+                    log_counts_ptr,
+                    K_STRIDES[2],
+                    V_STRIDES[2],
+                    base_fine,
+                    log2_fine,
+                    o_d,
+                    o_c,
+                    HEAD_DIM,
+                    D_PAD,
+                    COLUMNS,
+                    FROM_TOKENS,
+                )
+                k2, v2, n2 = _cells(
+                    cell + 1,
+                    stop,
+                    k_ptr,
+                    v_ptr,
+                    rows_ptr,
+                    keys_ptr,
+                    values_ptr,
+                    log_counts_ptr,
+                    K_STRIDES[2],
+                    V_STRIDES[2],
+                    base_fine,
+                    log2_fine,
+                    o_d,
+                    o_c,
+                    HEAD_DIM,
+                    D_PAD,
+                    COLUMNS,
+                    FROM_TOKENS,
+                )
                 weight = n1 * n2 / tl.maximum(n1 + n2, 1e-6)
                 away_k = k1.to(tl.float32) - k2.to(tl.float32)
                 away_v = v1.to(tl.float32) - v2.to(tl.float32)
             else:
                 cell = t + o_t
                 coarse = base_coarse + (cell >> (log2_coarse - log2_fine))
-                k1, v1, weight = _cells(cell, stop, k_ptr, v_ptr, rows_ptr, keys_ptr, values_ptr, log_counts_ptr, K_STRIDES[2], V_STRIDES[2], base_fine, log2_fine, o_d, o_c, HEAD_DIM, D_PAD, COLUMNS, FROM_TOKENS)
-                away_k = k1.to(tl.float32) - load_rows(keys_ptr, coarse, cell < stop, HEAD_DIM, o_d, HEAD_DIM, D_PAD).to(tl.float32)
-                away_v = v1.to(tl.float32) - load_rows(values_ptr, coarse, cell < stop, HEAD_DIM, o_c, HEAD_DIM, COLUMNS).to(tl.float32)
+                k1, v1, weight = _cells(
+                    cell,
+                    stop,
+                    k_ptr,
+                    v_ptr,
+                    rows_ptr,
+                    keys_ptr,
+                    values_ptr,
+                    log_counts_ptr,
+                    K_STRIDES[2],
+                    V_STRIDES[2],
+                    base_fine,
+                    log2_fine,
+                    o_d,
+                    o_c,
+                    HEAD_DIM,
+                    D_PAD,
+                    COLUMNS,
+                    FROM_TOKENS,
+                )
+                away_k = k1.to(tl.float32) - load_rows(
+                    keys_ptr, coarse, cell < stop, HEAD_DIM, o_d, HEAD_DIM, D_PAD
+                ).to(tl.float32)
+                away_v = v1.to(tl.float32) - load_rows(
+                    values_ptr, coarse, cell < stop, HEAD_DIM, o_c, HEAD_DIM, COLUMNS
+                ).to(tl.float32)
             # the weight goes to the values: what is transposed is cheaper to make where it is loaded
             away_v = tl.where(weight[:, None] > 0, away_v * weight[:, None], 0.0).to(k1.dtype)
             total = tl.dot(tl.trans(away_k.to(k1.dtype)), away_v, total, input_precision="ieee")
