@@ -73,7 +73,7 @@ class Distillation:
 
         from psa_diffusers.generation import load_pipeline, resolve_model
 
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+        torch.set_float32_matmul_precision("high")
         self.args, self.accelerator, self.device = args, accelerator, accelerator.device
         self.state, self.curve = {}, []
         self.dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
