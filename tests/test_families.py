@@ -182,6 +182,46 @@ def test_set_attn_processor_of_the_denoiser_gives_the_same_bits(name):
         assert torch.equal(case.run(pipe, steps=3), enabled)
 
 
+# what only some families do
+
+
+def run(name, **kwargs):
+    """The records of one call."""
+    if name not in ALL_CASES:
+        pytest.skip(f"diffusers {diffusers.__version__} has no {MISSING[name].pipeline}")
+    pipe = enable(ALL_CASES[name].build(), report=True)
+    ALL_CASES[name].run(pipe, **kwargs)
+    return psa_report(pipe).records
+
+
+def test_a_block_causal_mask_makes_skyreels_dense_and_says_so():
+    records = run("skyreels-forcing", steps=2, grid=(4, 6, 7), ar_step=1, causal_block_size=2)
+    assert {(record["kind"], record["reason"]) for record in records} == {("dense", "an attention mask is in use")}
+
+
+def test_chronoedit_follows_the_grid_when_it_stops_reasoning():
+    records = run("chronoedit", steps=3, num_temporal_reasoning_steps=2)
+    assert {(record["step"], record["grid"]) for record in records} == {(0, (3, 6, 7)), (1, (3, 6, 7)), (2, (2, 6, 7))}
+    assert {record["kind"] for record in records} == {"sparse"}
+
+
+@pytest.mark.parametrize(
+    ("name", "segments"),
+    [
+        ("wan-animate", {"segment_frame_length": 5, "grid": (4, 6, 7)}),
+        ("skyreels-forcing", {"base_num_frames": 9, "overlap_history": 5, "grid": (5, 6, 7)}),
+    ],
+)
+def test_every_segment_of_a_long_video_warms_up(name, segments, watch):
+    case, pipe = ALL_CASES[name], enable(ALL_CASES[name].build(), warmup_steps=1)
+    watch.denoisers(pipe, case.attentions)
+    case.run(pipe, steps=3, **segments)
+    steps = watch.steps()
+    assert len(steps) % 3 == 0
+    assert len(steps) > 3
+    assert steps == expected_steps(3, 1, case.layers * case.passes) * (len(steps) // 3)
+
+
 # what is written down
 
 

@@ -20,7 +20,6 @@ from diffusers import (
     UniPCMultistepScheduler,
     WanImageToVideoPipeline,
     WanPipeline,
-    WanTransformer3DModel,
 )
 from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
@@ -133,10 +132,11 @@ def cogvideox(pipeline_class: type = CogVideoXPipeline, **transformer: Any) -> A
 
 
 def wan_transformer(
-    *, heads: int = 2, head_dim: int = 16, layers: int = 2, in_channels: int = 16, seed: int = 0, **kwargs: Any
-) -> WanTransformer3DModel:
+    *, kind: str = "WanTransformer3DModel", heads: int = 2, head_dim: int = 16, layers: int = 2, in_channels: int = 16,
+    seed: int = 0, **kwargs: Any,
+) -> Any:  # fmt: skip
     return seeded(
-        WanTransformer3DModel,
+        getattr(diffusers, kind),
         patch_size=(1, 2, 2),
         num_attention_heads=heads,
         attention_head_dim=head_dim,
@@ -154,8 +154,15 @@ def wan_transformer(
 
 
 def wan(
-    pipeline_class: type = WanPipeline, *, experts: int = 1, pipeline: dict[str, Any] | None = None, **transformer: Any
+    pipeline_class: type | str = WanPipeline,
+    *,
+    experts: int = 1,
+    multistep: bool = False,
+    pipeline: dict[str, Any] | None = None,
+    **transformer: Any,
 ) -> Any:
+    if isinstance(pipeline_class, str):
+        pipeline_class = getattr(diffusers, pipeline_class)
     vae = seeded(
         AutoencoderKLWan,
         base_dim=4,
@@ -165,16 +172,17 @@ def wan(
         temperal_downsample=[False, True, True],
     )
     scheduler = FlowMatchEulerDiscreteScheduler(shift=5.0)
-    if experts == 2:
+    if multistep or experts == 2:
         scheduler = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
+    second = {"transformer_2": wan_transformer(**transformer, seed=1)} if experts == 2 else {}
     return _quiet(
         pipeline_class(
             tokenizer=tokenizer(),
             text_encoder=text_encoder(UMT5Config, UMT5EncoderModel),
             vae=vae,
             transformer=wan_transformer(**transformer),
-            transformer_2=wan_transformer(**transformer, seed=1) if experts == 2 else None,
             scheduler=scheduler,
+            **second,
             **(pipeline or {}),
         )
     )
@@ -207,14 +215,47 @@ def _quiet(pipe: Any) -> Any:
     return pipe
 
 
-def wan_i2v(**transformer: Any) -> Any:
+def wan_i2v(pipeline_class: type | str = WanImageToVideoPipeline, **transformer: Any) -> Any:
+    """With keys and values for an image in its cross-attentions."""
     config = CLIPVisionConfig(
         hidden_size=8, intermediate_size=8, num_hidden_layers=2, num_attention_heads=2, image_size=8, patch_size=4
     )
     processor = CLIPImageProcessor(size=8, crop_size=8)
     encoder = {"image_encoder": seeded(CLIPVisionModel, config), "image_processor": processor}
     shape = {"in_channels": 36, "out_channels": 16, "image_dim": 8, "added_kv_proj_dim": 32}
-    return wan(WanImageToVideoPipeline, pipeline=encoder, **shape, **transformer)
+    return wan(pipeline_class, pipeline=encoder, **shape, **transformer)
+
+
+def wan_animate(**transformer: Any) -> Any:
+    return wan_i2v(
+        "WanAnimatePipeline",
+        kind="WanAnimateTransformer3DModel",
+        motion_encoder_channel_sizes={"4": 8, "8": 8, "16": 8},
+        motion_encoder_size=16,
+        motion_style_dim=8,
+        motion_dim=4,
+        motion_encoder_dim=16,
+        face_encoder_hidden_dim=16,
+        face_encoder_num_heads=2,
+        inject_face_latents_blocks=2,
+        **transformer,
+    )
+
+
+def _pictures(height: int, width: int, frames: int) -> list[Image.Image]:
+    return [picture(height, width).rotate(10 * frame) for frame in range(frames)]
+
+
+def _wan_video(height: int, width: int, frames: int) -> dict[str, Any]:
+    return {"video": _pictures(height, width, frames), "strength": 1.0, "num_frames": DROP}
+
+
+def _animate(height: int, width: int, frames: int) -> dict[str, Any]:
+    # the picture is the first frame of the grid
+    frames -= 4
+    poses, faces = _pictures(height, width, frames), _pictures(16, 16, frames)
+    own = {"pose_video": poses, "face_video": faces, "segment_frame_length": frames, "num_frames": DROP}
+    return {**_wan_image(height, width, frames), **own}
 
 
 def embedded(prompts: Any, width: int, tokens: int = 20) -> tuple[torch.Tensor, torch.Tensor]:
@@ -505,6 +546,93 @@ _MORE = {
         context_frames=1,
         several=False,
         **LTX,
+    ),
+    "wan-v2v": Case(
+        pipeline="WanVideoToVideoPipeline",
+        build=lambda **kw: wan("WanVideoToVideoPipeline", **kw),
+        extra=_wan_video,
+        several=False,
+        **WAN,
+    ),
+    "wan-flf": Case(
+        pipeline="WanImageToVideoPipeline",
+        build=lambda **kw: wan_i2v(pos_embed_seq_len=10, **kw),
+        extra=lambda height, width, frames: {
+            **_wan_image(height, width, frames),
+            "last_image": picture(height, width).rotate(90),
+        },
+        several=False,
+        **WAN,
+    ),
+    "lucy-edit": Case(
+        pipeline="LucyEditPipeline",
+        build=lambda **kw: wan("LucyEditPipeline", in_channels=32, out_channels=16, **kw),
+        extra=lambda height, width, frames: {"video": _pictures(height, width, frames)},
+        several=False,
+        **WAN,
+    ),
+    "wan-vace": Case(
+        pipeline="WanVACEPipeline",
+        build=lambda **kw: wan(
+            "WanVACEPipeline", kind="WanVACETransformer3DModel", vace_layers=[0], vace_in_channels=96, **kw
+        ),
+        several=False,
+        **{**WAN, "family": "Wan VACE", "attentions": r"(vace_)?blocks\.\d+\.attn1", "layers": 3},
+    ),
+    "wan-vace-references": Case(
+        pipeline="WanVACEPipeline",
+        build=lambda **kw: wan(
+            "WanVACEPipeline", kind="WanVACETransformer3DModel", vace_layers=[0, 1], vace_in_channels=96, **kw
+        ),
+        # the reference is a frame of the grid
+        extra=lambda height, width, frames: {
+            "num_frames": frames - 4,
+            "video": _pictures(height, width, frames - 4),
+            "reference_images": [picture(height, width)],
+        },
+        several=False,
+        **{**WAN, "family": "Wan VACE", "attentions": r"(vace_)?blocks\.\d+\.attn1", "layers": 4},
+    ),
+    "wan-animate": Case(
+        pipeline="WanAnimatePipeline",
+        build=wan_animate,
+        extra=_animate,
+        several=False,
+        **{**WAN, "family": "Wan Animate"},
+    ),
+    "chronoedit": Case(
+        pipeline="ChronoEditPipeline",
+        build=lambda **kw: wan_i2v("ChronoEditPipeline", kind="ChronoEditTransformer3DModel", multistep=True, **kw),
+        # without these it makes two frames
+        extra=lambda height, width, frames: {
+            **_wan_image(height, width, frames),
+            "enable_temporal_reasoning": True,
+            "num_temporal_reasoning_steps": 9,
+        },
+        several=False,
+        **{**WAN, "family": "ChronoEdit"},
+    ),
+    "skyreels": Case(
+        pipeline="SkyReelsV2Pipeline",
+        build=lambda **kw: wan("SkyReelsV2Pipeline", kind="SkyReelsV2Transformer3DModel", **kw),
+        **{**WAN, "family": "SkyReels-V2"},
+    ),
+    "skyreels-i2v": Case(
+        pipeline="SkyReelsV2ImageToVideoPipeline",
+        build=lambda **kw: wan_i2v("SkyReelsV2ImageToVideoPipeline", kind="SkyReelsV2Transformer3DModel", **kw),
+        extra=_wan_image,
+        several=False,
+        **{**WAN, "family": "SkyReels-V2"},
+    ),
+    "skyreels-forcing": Case(
+        pipeline="SkyReelsV2DiffusionForcingPipeline",
+        build=lambda **kw: wan(
+            "SkyReelsV2DiffusionForcingPipeline",
+            kind="SkyReelsV2Transformer3DModel",
+            multistep=True,
+            **kw,
+        ),
+        **{**WAN, "family": "SkyReels-V2"},
     ),
 }
 

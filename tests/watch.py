@@ -24,12 +24,13 @@ def mirrored() -> dict[str, set[str]]:
 
 
 def find_class(path: str) -> type | None:
-    """The class at a path, None if this version of diffusers has none."""
+    """The class at a path, None if this version of diffusers has none, or keeps no more than its name."""
     module, name = path.rsplit(".", 1)
     try:
-        return getattr(importlib.import_module(module), name, None)
+        cls = getattr(importlib.import_module(module), name, None)
     except ImportError:
         return None
+    return cls if "__call__" in vars(cls or object) else None
 
 
 class Watch:

@@ -1,5 +1,23 @@
 """The denoiser families. Importing a family's file registers it."""
 
-from psa_diffusers.models import cogvideox, hunyuan_video, ltx, wan
+from psa_diffusers.models import (
+    chronoedit,
+    cogvideox,
+    hunyuan_video,
+    ltx,
+    skyreels_v2,
+    wan,
+    wan_animate,
+    wan_vace,
+)
 
-__all__ = ["cogvideox", "hunyuan_video", "ltx", "wan"]
+__all__ = [
+    "chronoedit",
+    "cogvideox",
+    "hunyuan_video",
+    "ltx",
+    "skyreels_v2",
+    "wan",
+    "wan_animate",
+    "wan_vace",
+]

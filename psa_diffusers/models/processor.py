@@ -25,6 +25,21 @@ from psa_diffusers.warmup import WarmupScheduler
 logger = logging.getLogger("psa_diffusers")
 
 _WRONG_KIND = "preset must be a name, a PSAPreset or None (the default of the model), got a {}"
+_ARGUMENTS = (
+    "hidden_states",
+    "encoder_hidden_states",
+    "attention_mask",
+    "temb",
+    "rotary_emb",
+    "image_rotary_emb",
+    "query_rotary_emb",
+    "key_rotary_emb",
+    "perturbation_mask",
+    "all_perturbed",
+    "sparse_params",
+    "original_context_length",
+    "image_embed_seq_len",
+)
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -425,15 +440,7 @@ class PSAProcessor:
         """Recorders of the denoisers served, for `psa_report`."""
         return [run.recorder for run in self._runs.values() if run.recorder is not None]
 
-    def __call__(
-        self,
-        attn: nn.Module,
-        hidden_states: Tensor,
-        encoder_hidden_states: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        rotary_emb: Any = None,
-        image_rotary_emb: Any = None,
-    ) -> Any:
+    def __call__(self, attn: nn.Module, *args: Any, **kwargs: Any) -> Any:
         processor = self._processors.get(attn)
         if processor is None:
             processor = self._bind(attn)
@@ -441,8 +448,12 @@ class PSAProcessor:
             value = getattr(self, name)
             if value is not None and getattr(processor, name, value) != value:
                 setattr(processor, name, value)
-        rotary = rotary_emb if image_rotary_emb is None else image_rotary_emb
-        return processor(attn, hidden_states, encoder_hidden_states, attention_mask, rotary)
+        return processor(attn, *args, **kwargs)
+
+    # diffusers hands over only the arguments that a signature names: these are the names of all families
+    __call__.__signature__ = inspect.Signature(
+        inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD) for name in ("self", "attn", *_ARGUMENTS)
+    )
 
     @torch.compiler.disable  # once a denoiser; it walks the Python stack
     def _bind(self, attn: nn.Module) -> Any:
