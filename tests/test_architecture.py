@@ -28,6 +28,7 @@ ORDER = (
     "orders",
     "preset",  # what the user chose
     "run_config",
+    "worklist",
     "configfile",
     "ranges",
 )
