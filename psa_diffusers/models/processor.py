@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+import math
 import sys
 import weakref
 from collections.abc import Callable, Mapping
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from psa_diffusers.attention import psa_attention, unsupported_head_dim
+from psa_diffusers.models import ulysses
 from psa_diffusers.models.registry import Family, Grid, attention_paths, find_family, supported, unwrap
 from psa_diffusers.preset import PSAPreset, list_presets, load_preset, preset_of_key
 from psa_diffusers.report import Recorder
@@ -113,6 +115,8 @@ class Site:
         self.grid: tuple[int, int, int] | None = None
         self.text_lengths: Tensor | None = None
         self._layers = list(family.self_attentions(denoiser))
+        # that of the class splits the video tokens, and nothing else, as the processors expect
+        self.has_parallel_plan = getattr(type(denoiser), "_cp_plan", None) is not None
         self._processors: list[FamilyProcessor] = []
         self._config = denoiser.config
         # of the class: an instance's forward may be wrapped by offloading
@@ -159,6 +163,7 @@ class FamilyProcessor:
         self.layer = layer
         self.original = original
         self.site = site
+        self.dealer = ulysses.HeadDealer()
         self.preset = site.join(self)
 
     @property
@@ -204,12 +209,16 @@ class FamilyProcessor:
             return "perturbed attention guidance replaces its attention"
         if attention_mask is not None:
             return "an attention mask is in use"
-        if getattr(self.original, "_parallel_config", None) is not None:
-            return "context parallelism splits the tokens"
+        parallel = ulysses.context_parallel(self.original)
+        if parallel is not None and (reason := ulysses.why_not(parallel, site.has_parallel_plan)):
+            return reason
         if site.grid is None:
             return "the inputs of the denoiser do not tell the token grid"
         frames, height, width = site.grid
-        if hidden_states.shape[1] != frames * height * width and not (context and self.context_tokens(hidden_states)):
+        expected = frames * height * width
+        if parallel is not None:
+            expected, context = ulysses.local_tokens(parallel, expected), False
+        if hidden_states.shape[1] != expected and not (context and self.context_tokens(hidden_states)):
             return f"{hidden_states.shape[1]} video tokens do not fill the grid {frames} x {height} x {width}"
         if hidden_states.dtype not in DTYPES:
             return f"the dtype {hidden_states.dtype} is not supported"
@@ -252,7 +261,8 @@ class FamilyProcessor:
         grid = grid or self.site.grid
         out, density = self.attend(q, k, v, text_tokens, grid)
         if density is not None:
-            self._note("sparse", "", density, q.shape[2], grid)
+            is_split = ulysses.context_parallel(self.original) is not None
+            self._note("sparse", "", density, math.prod(grid) if is_split else q.shape[2], grid)
         return out
 
     def sparse_padded(self, q: Tensor, k: Tensor, v: Tensor, *, text_tokens: int, text_lengths: Tensor) -> Tensor:
@@ -289,9 +299,29 @@ class FamilyProcessor:
         # autocast keeps norms in float32; dense attention would cast back as well
         q, k = q.to(v.dtype), k.to(v.dtype)
         place = {"grid": grid, "text_tokens": text_tokens, "text_first": self.site.family.text_first}
+        if ulysses.context_parallel(self.original) is not None:
+            return self._attend_in_parallel(q, k, v, place)
         if self.site.run.recorder is None:
             return psa_attention(q, k, v, self.preset, **place), None
         return self._attend_measured(q, k, v, place)
+
+    @torch.compiler.disable  # communicates, and the order of the heads changes
+    def _attend_in_parallel(
+        self, q: Tensor, k: Tensor, v: Tensor, place: dict[str, Any]
+    ) -> tuple[Tensor, Tensor | None]:
+        config, schedules = ulysses.context_parallel(self.original), []
+
+        def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            out, schedule = psa_attention(q, k, v, self.preset, **place, return_schedule=True)
+            schedules.append(schedule)
+            return out
+
+        deals = self.dealer.is_needed(self.preset, q.shape[1], config.ulysses_degree)
+        order = self.dealer.order if deals else None
+        out = ulysses.attend(q, k, v, self.original._parallel_config, attention, order)
+        if deals:
+            self.dealer.learn(ulysses.cost_of_heads(schedules[0]), config)
+        return out, None if self.site.run.recorder is None else schedules[0].density()
 
     # what is recorded changes with every call: compiled, it would be compiled again and again
     @torch.compiler.disable
