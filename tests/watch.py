@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import inspect
 import re
 from collections import Counter
 from typing import Any
@@ -21,6 +22,11 @@ def mirrored() -> dict[str, set[str]]:
     return {
         path: digests for name in models.__all__ for path, digests in getattr(models, name).UPSTREAM_DIGESTS.items()
     }
+
+
+def named_inputs(module: Any, args: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of a module's forward by name."""
+    return inspect.signature(type(module).forward).bind(module, *args, **kwargs).arguments
 
 
 def find_class(path: str) -> type | None:
@@ -73,7 +79,7 @@ class Watch:
         self.calls.clear()
 
     def _read_timestep(self, module: Any, args: Any, kwargs: dict[str, Any]) -> None:
-        self._timestep = float(kwargs["timestep"].max())
+        self._timestep = float(named_inputs(module, args, kwargs)["timestep"].max())
 
     def _noting_dense(self, call: Any) -> Any:
         @functools.wraps(call)

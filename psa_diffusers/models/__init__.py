@@ -1,10 +1,20 @@
 """The denoiser families. Importing a family's file registers it."""
 
 from psa_diffusers.models import (
+    allegro,
     chronoedit,
     cogvideox,
+    consisid,
+    cosmos,
+    easyanimate,
+    framepack,
     hunyuan_video,
+    hunyuan_video15,
+    kandinsky5,
     ltx,
+    ltx2,
+    mochi,
+    motif_video,
     skyreels_v2,
     wan,
     wan_animate,
@@ -12,10 +22,20 @@ from psa_diffusers.models import (
 )
 
 __all__ = [
+    "allegro",
     "chronoedit",
     "cogvideox",
+    "consisid",
+    "cosmos",
+    "easyanimate",
+    "framepack",
     "hunyuan_video",
+    "hunyuan_video15",
+    "kandinsky5",
     "ltx",
+    "ltx2",
+    "mochi",
+    "motif_video",
     "skyreels_v2",
     "wan",
     "wan_animate",

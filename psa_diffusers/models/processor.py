@@ -74,14 +74,21 @@ class Run:
         self.clock.reset()
         self.pipe, self.fed_by_callback = None, False
 
-    def before_forward(self, timestep: Any) -> None:
-        """Let the clock know that a denoiser is about to run."""
+    def before_forward(self, timestep: Any, *, rises: bool = False) -> None:
+        """Let the clock know that a denoiser is about to run.
+
+        Args:
+            timestep: What it is given as `timestep`.
+            rises: Whether that rises from step to step; the clock wants it to fall.
+        """
         if self.pipe is not None and not torch.compiler.is_compiling():
             self.clock.set_length(getattr(self.pipe, "num_timesteps", None))
         # reading a timestep waits for the GPU, so only if nobody else tells the step and somebody wants to know it
         is_asked = not self.clock.idle or self.preset.steps or self.recorder is not None
-        if is_asked and not self.fed_by_callback and timestep is not None and self.clock.observe(timestep):
-            self._forget()
+        if is_asked and not self.fed_by_callback and timestep is not None:
+            is_new_run = self.clock.observe(-timestep if rises else timestep)
+            if is_new_run:
+                self._forget()
 
     def say(self, reason: str, layer: str) -> None:
         """Log, once a call and reason, why a layer is dense against the wish of the user."""
@@ -128,7 +135,7 @@ class Site:
         self.grid = self.family.read_grid(self._config, inputs)
         if self.family.read_text is not None:
             self.text_lengths = self.family.read_text(self._config, inputs)
-        self.run.before_forward(inputs.get("timestep"))
+        self.run.before_forward(inputs.get("timestep"), rises=self.family.timesteps_rise)
         if self.run.preset.steps:
             for processor in self._processors:
                 processor.preset = self._preset_now(processor.layer)
