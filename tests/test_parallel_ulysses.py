@@ -1,5 +1,6 @@
 """One video over several processes: PSA under diffusers' context parallelism, on two CPU processes."""
 
+import json
 import os
 import subprocess
 import sys
@@ -124,3 +125,35 @@ def test_dealing_evens_out_the_costs(degree, rng):
 
 def test_equal_costs_are_dealt_in_order():
     assert deal(torch.ones(8), 2).tolist() == [0, 3, 4, 7, 1, 2, 5, 6]
+
+
+def test_the_benchmark_runs(tmp_path):
+    """Whether the program works; the times of a test mean nothing."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={RANKS}"]
+    options = ["--shape", "smoke", "--device", "cpu", "--dtype", "float32", "--backend", "native", "--layers", "1"]
+    done = subprocess.run(
+        [
+            *command,
+            ROOT / "scripts" / "benchmark_parallel.py",
+            *options,
+            "--repeats",
+            "1",
+            "--json",
+            tmp_path / "x.jsonl",
+        ],
+        env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stderr
+    lines = [json.loads(line) for line in (tmp_path / "x.jsonl").read_text().splitlines()]
+    assert [line["attention"] for line in lines] == [
+        "dense",
+        "psa_cover",
+        "psa_balanced",
+        "psa_balanced, heads as they come",
+    ]
+    assert all(line["gpus"] == RANKS and line["relative_l1_to_one"] < 1e-4 for line in lines)
+    assert all(len(line["density_by_process"]) == RANKS for line in lines)
+    assert lines[0]["density"] == 1 > lines[1]["density"]

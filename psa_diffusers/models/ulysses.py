@@ -73,7 +73,7 @@ class HeadDealer:
         """
         degree, group = config.ulysses_degree, config._ulysses_mesh.get_group()
         gathered = torch.empty(degree * len(costs), dtype=costs.dtype, device=costs.device)
-        torch.distributed.all_gather_into_tensor(gathered, costs.contiguous(), group=group)
+        torch.distributed.all_gather(list(gathered.chunk(degree)), costs.contiguous(), group=group)
         if self.order is not None:
             gathered = torch.empty_like(gathered).index_copy(0, self.order, gathered)
         self.order = deal(gathered, degree)
