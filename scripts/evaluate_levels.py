@@ -410,18 +410,17 @@ def draw(table: list[dict], path: Path) -> None:
         if row["line"] != "dense":
             by_line[row["line"]].append((row["density"], row["relative_l1"]))
     for line, points in by_line.items():
-        points.sort()
-        width = 2.5 if line == "this project" else 1.2
-        if len(points) > 1:
-            axis.plot(*zip(*points, strict=True), marker="o", markersize=4, label=line, linewidth=width)
-        else:
-            axis.plot(*points[0], marker="*", markersize=13, linestyle="none", label=line)
+        ours = {"color": "black", "linewidth": 2.5} if line == "this project" else {"linewidth": 1.2}
+        mark = {"marker": "o", "markersize": 4} if len(points) > 1 else {"marker": "*", "markersize": 13}
+        axis.plot(*zip(*sorted(points), strict=True), label=line, **ours, **mark)
     axis.set(
         xlabel="density (share of the dense work)",
         ylabel="relative L1 error of the attention output",
         title=f"Error against density, mean over {table[0]['heads']} heads",
         yscale="log",
     )
+    axis.yaxis.set_major_formatter("{x:g}")
+    axis.yaxis.set_minor_formatter("{x:g}")
     axis.grid(which="both", alpha=0.3)
     figure.legend(loc="outside right upper", fontsize="small")
     path.parent.mkdir(parents=True, exist_ok=True)
