@@ -18,7 +18,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 import yaml
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from psa_diffusers.attention import psa_attention
@@ -331,8 +331,19 @@ class _Runs:
         """What the measurements depend on."""
         call = {key: repr(value) for key, value in sorted(self.call.items())}
         plain = [self.base.key, list(prompts), DENSITIES, self.parts, self.max_heads, self.seed, call]
-        weights = [sum(p.numel() for p in denoiser.parameters()) for _, denoiser, _ in find_denoisers(self.pipe)]
+        weights = [_weights_of(denoiser) for _, denoiser, _ in find_denoisers(self.pipe)]
         return hashlib.sha256(json.dumps([*plain, weights]).encode()).hexdigest()[:16]
+
+
+def _weights_of(denoiser: nn.Module) -> list[Any]:
+    """Enough of the weights to tell another training, or a LoRA that was fused, from the same: a few of each tensor."""
+    known = []
+    for name, weight in denoiser.named_parameters():
+        sample = []
+        if weight.device.type != "meta" and weight.is_floating_point() and type(weight.data) is Tensor:
+            sample = weight.detach().reshape(-1)[:: max(1, weight.numel() // 4)][:4].float().tolist()
+        known.append([name, weight.numel(), sample])
+    return known
 
 
 def ladder_ratios(density: float, block_n: int) -> dict[int, list[float]]:

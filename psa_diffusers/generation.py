@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
+import os
 import platform
 import re
 import subprocess
@@ -33,6 +34,7 @@ __all__ = [
     "call_defaults",
     "check_metrics",
     "compare_videos",
+    "device_of_process",
     "environment",
     "generate",
     "load_pipeline",
@@ -44,6 +46,14 @@ __all__ = [
     "write_json",
     "write_video",
 ]
+
+
+def device_of_process() -> str:
+    """Return the device to run on: of several processes that were launched together, each has its own GPU."""
+    if not torch.cuda.is_available() or os.environ.get("ACCELERATE_USE_CPU", "").casefold() == "true":
+        return "cpu"
+    rank = os.environ.get("LOCAL_RANK")  # set by accelerate launch and torchrun
+    return "cuda" if rank is None else f"cuda:{int(rank) % torch.cuda.device_count()}"
 
 
 def resolve_model(model: str, config: str | Path | None = None) -> ModelConfig:
@@ -286,14 +296,14 @@ def write_video(path: Path, frames: np.ndarray, fps: int) -> None:
     """Write an .mp4; a file that exists under the final name is always whole."""
     from diffusers.utils import export_to_video
 
-    part = path.with_name(f".{path.stem}.part.mp4")
+    part = path.with_name(f".{path.stem}.part{os.getpid()}.mp4")
     export_to_video(list(frames), str(part), fps=fps, macro_block_size=2)
     part.replace(path)
 
 
 def write_json(path: Path, record: Mapping[str, Any]) -> None:
     """Write a record in one move: its existence says that the run is finished."""
-    part = path.with_name(f".{path.name}.part")
+    part = path.with_name(f".{path.name}.part{os.getpid()}")
     part.write_text(json.dumps(record, indent=2, ensure_ascii=False, default=str) + "\n", encoding="utf-8")
     part.replace(path)
 

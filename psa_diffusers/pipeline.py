@@ -14,6 +14,7 @@ from typing import Any
 
 from torch import nn
 
+from psa_diffusers.models import ulysses
 from psa_diffusers.models.processor import FamilyProcessor, PSAProcessor, Run, Site, resolve_preset
 from psa_diffusers.models.registry import Family, find_family, supported, unwrap
 from psa_diffusers.preset import PSAPreset, load_preset
@@ -72,7 +73,7 @@ def enable_psa(
         The pipeline itself.
 
     Raises:
-        RuntimeError: If PSA is on already, or the pipeline is running.
+        RuntimeError: If PSA is on already, the pipeline is running, or its denoiser runs ring attention over GPUs.
         TypeError: If no denoiser of the pipeline belongs to a known family, or `preset` is of a wrong type.
         ValueError: If there is no such preset, or an override is wrong.
             Whatever is raised, nothing has been changed.
@@ -91,6 +92,7 @@ def enable_psa(
     switch = _Switch(run, {"preset": preset, "config": config, "report": report, **overrides}, sites)
     for denoiser, site in sites:
         switch.processors += _make_processors(denoiser, site)
+    _refuse_ring(switch)
 
     # nothing above changes anything, nothing below can fail
     _register_for_guiders(switch.processors)
@@ -223,6 +225,7 @@ def _call_with_clock(cls: type) -> Any:
         switch = getattr(self, SWITCH, None)
         if switch is None or switch.call is not __call__:
             return cls.__call__(self, *args, **kwargs)
+        _refuse_ring(switch)
         _check_processors(switch)
         switch.run.begin(self, fed_by_callback=takes_callback)
         try:
@@ -283,6 +286,12 @@ def _check_processors(switch: _Switch) -> None:
             "then enable_psa again",
             lost,
         )
+
+
+def _refuse_ring(switch: _Switch) -> None:
+    configs = [ulysses.context_parallel(processor.original) for _, processor in switch.processors]
+    if switch.run.preset.type != "dense" and any(config is not None and config.ring_degree > 1 for config in configs):
+        raise RuntimeError(ulysses.RING)
 
 
 def _refuse_impossible(denoiser: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

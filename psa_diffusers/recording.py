@@ -228,10 +228,10 @@ class _Tape(Run):
         self.timestep = 0.0
         self.calls = 0
 
-    def before_forward(self, timestep: Any) -> None:
+    def before_forward(self, timestep: Any, *, rises: bool = False) -> None:
         self.clock.set_length(getattr(self.pipe, "num_timesteps", None))
         self.timestep = float(timestep.max() if hasattr(timestep, "max") else timestep)
-        self.calls += self.clock.observe(timestep)
+        self.calls += self.clock.observe(-timestep if rises else timestep)
 
 
 class _TapedSite(Site):

@@ -192,7 +192,8 @@ class Wan:
         from diffusers import AutoencoderKLWan
 
         return AutoencoderKLWan(
-            base_dim=size.channels,
+            # wider than its sibling: torch runs narrow convolutions over a few frames on a slow path of the CPU
+            base_dim=size.channels + 8,
             z_dim=size.latents,
             dim_mult=[1, 1, 1],
             num_res_blocks=0,

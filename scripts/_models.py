@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import inspect
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,10 @@ def open_model(model: str, args: argparse.Namespace) -> tuple[Any, dict[str, Any
     known = {name: getattr(config, name) for name in _CALL} if config.name != "custom" else {}
     given = {name: getattr(args, name) for name in (*_SIZES, "guidance_scale")}
     call = known | {name: value for name, value in given.items() if value is not None}
+    # a joint sequence has the text length of the denoiser, whatever the pipeline assumes
+    text_length = getattr(pipe.transformer, "config", {}).get("max_text_seq_length")
+    if text_length and "max_sequence_length" in inspect.signature(type(pipe).__call__).parameters:
+        call["max_sequence_length"] = text_length
     return pipe, {name: value for name, value in call.items() if value is not None}
 
 

@@ -1,36 +1,34 @@
-"""Videos of several presets against dense attention, same seed: PSNR, SSIM, density and time, as a table.
+"""Videos of several presets against dense attention, same seed: density, PSNR and SSIM (LPIPS on request), as a table.
 
-    python scripts/compare.py                                               the demo model, four prompts, 10 minutes
-    python scripts/compare.py --model cogvideo_5b --presets published psa_cover psa_fast --prompt_file prompts.txt
-    python scripts/compare.py --presets psa_cover my_preset --config my_presets.yaml --json compare.jsonl
+    python scripts/compare.py                                          the demo model, four prompts, about 20 minutes
+    python scripts/compare.py --model cogvideo_5b --prompt_file prompts.txt --json compare.jsonl
+    python scripts/compare.py --presets published@0.1 psa_cover my_preset --config my_presets.yaml
+    python scripts/compare.py --model FOLDER --warmup_steps 1 --num_inference_steps 8
 
 ``published`` is the choice of levels published with PSA for CogVideoX: shares .10/.05/.20 at factors 1, 2, 8, the rest
-skipped, blocks of 128 in Gilbert order, largest sampled score. All presets get the same warm-up steps.
+skipped, blocks of 128 in Gilbert order, largest sampled score; ``published@0.07`` the same with shares scaled to that
+density. All presets get the same warm-up steps.
 """
 
 import argparse
 import json
+import re
 import sys
 from collections import defaultdict
+from importlib.util import find_spec
 from pathlib import Path
 
+import numpy as np
 import torch
+from _models import add_call_options, open_model, read_prompts
+from _published import published_choice
 from tqdm import tqdm
 
-from psa_diffusers.generation import compare_videos, generate, load_pipeline, resolve_model
+from psa_diffusers.generation import compare_videos, generate
 from psa_diffusers.models.registry import family_of
 from psa_diffusers.preset import PSAPreset, load_preset
 
-PROMPTS = (
-    "A red ball rolls across a green field and comes to rest beside a blue box.",
-    "Rain falls on a lake at night while a small boat drifts past a lighthouse.",
-    "Two dogs run through high grass towards the camera.",
-    "A slow flight over a city of glass towers at sunrise.",
-)
-CALL = ("width", "height", "num_frames", "num_inference_steps", "guidance_scale", "negative_prompt", "guidance_scale_2")
-PUBLISHED = PSAPreset(
-    name="published", mask_ratios={1: [0, 0.1], 2: [0.1, 0.15], 8: [0.15, 0.35], 0: [0.35, 1]}, importance="sampled_max"
-)
+PRESETS = ("published", "psa_cover", "published@0.07", "psa_fast", "published@0.19", "psa_quality")
 
 
 def parse(argv=None):
@@ -38,55 +36,38 @@ def parse(argv=None):
     parser.add_argument(
         "--model", default="demo", help="entry of configs/models.yaml, folder or hub id (default: demo)"
     )
-    parser.add_argument(
-        "--presets", nargs="+", default=["published", "psa_cover", "psa_fast", "psa_quality"], metavar="NAME"
-    )
+    parser.add_argument("--presets", nargs="+", default=PRESETS, metavar="NAME", help=f"(default: {' '.join(PRESETS)})")
     parser.add_argument("--config", type=Path, help="YAML with presets of your own, laid over the built-in file")
-    parser.add_argument("--prompt_file", type=Path, help="one prompt a line (default: four prompts of our own)")
     parser.add_argument("--warmup_steps", type=int, help="dense steps of all presets (default: those of the section)")
-    parser.add_argument("--num_inference_steps", type=int, help="denoising steps (default: those of the model)")
-    parser.add_argument("--seed", type=int, default=42, help="seed of the first prompt, the next has one more")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--lpips", action="store_true", help="LPIPS as well; needs torchvision and AlexNet's weights")
     parser.add_argument("--json", type=Path, help="write one JSON line a video here")
+    add_call_options(parser)
     return parser.parse_args(argv)
 
 
 def main(argv=None):
     args = parse(argv)
-    config = resolve_model(args.model)
-    pipe = load_pipeline(config, device=args.device)
-    call = {name: getattr(config, name) for name in CALL if getattr(config, name) is not None}
-    if args.num_inference_steps:
-        call["num_inference_steps"] = args.num_inference_steps
-    prompts = args.prompt_file.read_text(encoding="utf-8").splitlines() if args.prompt_file else PROMPTS
-    prompts = [prompt for prompt in prompts if prompt.strip()]
-    section = family_of(pipe.transformer).section_of(pipe.transformer, pipe)[0]
-    warmup = load_preset(section).warmup_steps if args.warmup_steps is None else args.warmup_steps
-    presets = [
-        (PUBLISHED if name == "published" else load_preset(section, name, config=args.config)).replace(
-            warmup_steps=warmup
-        )
-        for name in args.presets
-    ]
+    lpips = load_lpips() if args.lpips else None
+    pipe, call = open_model(args.model, args)
+    presets = choose_presets(args, family_of(pipe.transformer).section_of(pipe.transformer, pipe)[0])
+    prompts = read_prompts(args)
     lines = []
     with tqdm(total=len(prompts) * (1 + len(presets)), unit="video", disable=None) as bar:
         for number, prompt in enumerate(prompts):
-            inputs = {**call, "prompt": prompt}
-            dense = generate(pipe, inputs, seed=args.seed + number)
+            inputs, seed = {**call, "prompt": prompt}, args.seed + number
+            dense = generate(pipe, inputs, seed=seed)
             bar.update()
             for preset in presets:
-                run = generate(pipe, inputs, seed=args.seed + number, use_psa=True, preset=preset)
-                lines.append(
-                    {
-                        "model": args.model,
-                        "preset": preset.name,
-                        "prompt": prompt,
-                        "density": run.sparse_density,
-                        **compare_videos(run.frames, dense.frames),
-                        "seconds": round(run.seconds, 2),
-                        "dense_seconds": round(dense.seconds, 2),
-                    }
-                )
+                run = generate(pipe, inputs, seed=seed, use_psa=True, preset=preset)
+                if run.sparse_density is None:
+                    sys.exit(
+                        f"preset {preset.name!r} ran dense throughout; pass --warmup_steps or more steps.\n{run.report}"
+                    )
+                line = {"model": args.model, "preset": preset.name, "prompt": prompt, "seed": seed}
+                line |= {"density": round(run.sparse_density, 4), **compare_videos(run.frames, dense.frames)}
+                if lpips:
+                    line["lpips"] = round(lpips(run.frames, dense.frames), 4)
+                lines.append(line)
                 bar.update()
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)
@@ -94,20 +75,60 @@ def main(argv=None):
     show(lines)
 
 
-def show(lines):
+def choose_presets(args, section: str) -> list[PSAPreset]:
+    """The presets of the names that were asked for, with one number of warm-up steps."""
+    warmup = load_preset(section).warmup_steps if args.warmup_steps is None else args.warmup_steps
+    presets = []
+    for name in args.presets:
+        if scaled := re.fullmatch(r"published(?:@(0?\.\d+))?", name):
+            preset = published_choice(float(scaled[1] or 0.15), name=name)
+        else:
+            preset = load_preset(section, name, config=args.config)
+        presets.append(preset.replace(warmup_steps=warmup))
+    return presets
+
+
+def load_lpips():
+    """Return a function of two videos, or end with what is missing: torchmetrics has no backbone of its own."""
+    if find_spec("torchvision") is None:
+        sys.exit(
+            "--lpips compares features of torchvision's AlexNet, and torchvision is not installed: "
+            "pip install torchvision, or leave --lpips out"
+        )
+    from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
+
+    try:
+        metric = LearnedPerceptualImagePatchSimilarity(net_type="alex", reduction="sum", normalize=True)
+    except OSError as error:
+        sys.exit(
+            f"--lpips needs the weights of torchvision's AlexNet, which cannot be loaded: {error}. Put the file into "
+            f"{Path(torch.hub.get_dir()) / 'checkpoints'}, or leave --lpips out"
+        )
+
+    @torch.no_grad()
+    def compare(video: np.ndarray, reference: np.ndarray) -> float:
+        """Mean over the frames; 0 where they are equal, larger where they look less alike."""
+        frames = [torch.from_numpy(x).permute(0, 3, 1, 2).float().split(8) for x in (video, reference)]
+        return sum(float(metric(*pair)) for pair in zip(*frames, strict=True)) / len(video)
+
+    return compare
+
+
+def show(lines: list[dict]) -> None:
     by_preset = defaultdict(list)
     for line in lines:
         by_preset[line["preset"]].append(line)
     width = max(map(len, by_preset))
-    print(f"{'preset':{width}}  density    PSNR   worst    SSIM   worst   seconds (dense)")
+    lpips = "lpips" in lines[0]
+    print(f"{'preset':{width}}  density    PSNR   worst    SSIM   worst" + ("   LPIPS   worst" if lpips else ""))
     for name, runs in by_preset.items():
         mean = {key: sum(run[key] for run in runs) / len(runs) for key in runs[0] if isinstance(runs[0][key], float)}
-        print(
+        row = (
             f"{name:{width}}    {mean['density']:.3f}  {mean['psnr']:6.2f}  {min(run['psnr'] for run in runs):6.2f}  "
-            f"{mean['ssim']:.4f}  {min(run['ssim'] for run in runs):.4f}   {mean['seconds']:.1f} "
-            f"({mean['dense_seconds']:.1f})"
+            f"{mean['ssim']:.4f}  {min(run['ssim'] for run in runs):.4f}"
         )
+        print(row + (f"  {mean['lpips']:.4f}  {max(run['lpips'] for run in runs):.4f}" if lpips else ""))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

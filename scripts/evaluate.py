@@ -4,10 +4,10 @@
     python scripts/evaluate.py --model runs/wan/pipeline --rows dense psa_cover psa_fast --json wan.json --sheet wan.png
     python scripts/evaluate.py --model demo --lora psa=psa.safetensors --rows dense dense@4 psa:psa_fast@4 psa:dense@4
 
-A row is [LORA:]PRESET[@STEPS[gGUIDANCE]]: `dense` or a preset of the model's section, the number of steps, and a LoRA
-named with --lora. The same prompt has the same seed in every row. PSNR and SSIM are those against the first row. Two
-rows need no model: `rendered`, the ground truth, and `restored`, the same after encoding and decoding: what is wrong
-there is the evaluator's own error.
+A row is [LORA:][SECTION/]PRESET[@STEPS[gGUIDANCE]]: `dense` or a preset, of the model's own section of the preset file
+or of another (CogVideo_5b/psa_balanced), the number of steps, and a LoRA named with --lora. The same prompt has the
+same seed in every row. PSNR and SSIM are those against the first row. Two rows need no model: `rendered`, the ground
+truth, and `restored`, the same after encoding and decoding: what is wrong there is the evaluator's own error.
 """
 
 import argparse
@@ -18,7 +18,7 @@ from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-_ROW = re.compile(r"(?:(?P<lora>\w+):)?(?P<preset>[\w.-]+)(?:@(?P<steps>\d+)(?:g(?P<guidance>\d+(?:\.\d+)?))?)?")
+_ROW = re.compile(r"(?:(?P<lora>\w+):)?(?P<preset>[\w./-]+)(?:@(?P<steps>\d+)(?:g(?P<guidance>\d+(?:\.\d+)?))?)?")
 
 
 def parse(argv=None):
@@ -47,7 +47,7 @@ def parse(argv=None):
     args = parser.parse_args(argv)
     wrong = [row for row in args.rows if not _ROW.fullmatch(row)]
     if wrong:
-        parser.error(f"no row: {wrong[0]!r}; expected [LORA:]PRESET[@STEPS[gGUIDANCE]], such as psa_cover@20")
+        parser.error(f"no row: {wrong[0]!r}; expected [LORA:][SECTION/]PRESET[@STEPS[gGUIDANCE]], such as psa_cover@20")
     args.lora = dict(
         pair.split("=", 1) if "=" in pair else parser.error(f"--lora {pair}: expected NAME=FILE") for pair in args.lora
     )
@@ -155,12 +155,15 @@ class Evaluation:
     def _generate(self, preset, steps, guidance):
         import torch
 
-        from psa_diffusers import disable_psa, enable_psa, psa_report
+        from psa_diffusers import disable_psa, enable_psa, load_preset, psa_report
 
         clips, densities, seconds = [], defaultdict(list), 0.0
         if preset != "dense":
             changes = {} if self.args.warmup_steps is None else {"warmup_steps": self.args.warmup_steps}
-            enable_psa(self.pipe, preset, config=self.args.config, report=True, **changes)
+            config = self.args.config
+            if "/" in preset:
+                preset, changes, config = load_preset(*preset.split("/"), config=config, **changes), {}, None
+            enable_psa(self.pipe, preset, config=config, report=True, **changes)
         try:
             for start in range(0, len(self.scenes), self.batch):
                 places = range(start, min(start + self.batch, len(self.scenes)))

@@ -31,6 +31,7 @@ import torch
 from _acceptance import PRESETS, show_acceptance
 from _fields import FIELDS, make_field
 from _models import add_call_options, open_model, read_prompts
+from _published import published_choice
 from torch import Tensor
 from tqdm import tqdm
 
@@ -50,7 +51,6 @@ from psa_diffusers.stages import (
 from psa_diffusers.stages.importance import reduce_scores
 from psa_diffusers.stages.pyramid import Pyramid
 
-PUBLISHED = ((1, 0.10), (2, 0.15), (8, 0.35), (0, 1.0))
 DENSITIES = (0.05, 0.07, 0.10, 0.15, 0.20)
 TUNING_SEED, HELDOUT_SEED = 0, 1000
 
@@ -116,9 +116,7 @@ def choose_methods(args) -> list[Method]:
     for density in args.densities:
         ratios = ladder_ratios(density, ours.block_n)
         methods.append(Method("this project", ours.replace(name=_label("this project", density), mask_ratios=ratios)))
-        share = density / 0.15
-        ratios = tuple((factor, bound * share if factor else 1.0) for factor, bound in PUBLISHED)
-        published = PSAPreset(name=_label("published", density), mask_ratios=ratios, importance="sampled_max")
+        published = published_choice(density, name=_label("published", density))
         methods.append(Method("published", published, published_estimator=True))
         for block in (64, 128):
             coarse = {"rearrange_method": args.baseline_order, "block_size": {"m": block, "n": block}}
@@ -135,8 +133,7 @@ def choose_methods(args) -> list[Method]:
 
 def acceptance_methods(args) -> list[Method]:
     """Our presets, the published choice, and the peer that comes nearest at the densities of our presets."""
-    published = PSAPreset(name="published", mask_ratios=PUBLISHED, importance="sampled_max")
-    methods = [Method("published", published, published_estimator=True)]
+    methods = [Method("published", published_choice(), published_estimator=True)]
     for name in PRESETS:
         preset = load_preset(args.model, name, config=args.config)
         methods.append(Method(name, preset))
@@ -413,18 +410,17 @@ def draw(table: list[dict], path: Path) -> None:
         if row["line"] != "dense":
             by_line[row["line"]].append((row["density"], row["relative_l1"]))
     for line, points in by_line.items():
-        points.sort()
-        width = 2.5 if line == "this project" else 1.2
-        if len(points) > 1:
-            axis.plot(*zip(*points, strict=True), marker="o", markersize=4, label=line, linewidth=width)
-        else:
-            axis.plot(*points[0], marker="*", markersize=13, linestyle="none", label=line)
+        ours = {"color": "black", "linewidth": 2.5} if line == "this project" else {"linewidth": 1.2}
+        mark = {"marker": "o", "markersize": 4} if len(points) > 1 else {"marker": "*", "markersize": 13}
+        axis.plot(*zip(*sorted(points), strict=True), label=line, **ours, **mark)
     axis.set(
         xlabel="density (share of the dense work)",
         ylabel="relative L1 error of the attention output",
         title=f"Error against density, mean over {table[0]['heads']} heads",
         yscale="log",
     )
+    axis.yaxis.set_major_formatter("{x:g}")
+    axis.yaxis.set_minor_formatter("{x:g}")
     axis.grid(which="both", alpha=0.3)
     figure.legend(loc="outside right upper", fontsize="small")
     path.parent.mkdir(parents=True, exist_ok=True)

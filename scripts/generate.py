@@ -5,9 +5,11 @@
     python scripts/generate.py --model cogvideo_5b_lora --prompt "a panda plays the guitar" --use_psa
     python scripts/generate.py --model cogvideo_5b --prompt_file prompts.txt --use_psa --attention_preset psa_balanced
     python scripts/generate.py --model ./my_pipeline --prompt "..." --use_psa --set warmup_steps=5 block_size.m=64
+    accelerate launch --multi_gpu --num_processes 2 scripts/generate.py --prompt_file prompts.txt --model wan21_1.3b
 
 Each video is written as .mp4, and beside it a .json with everything needed to repeat the run. The .json is written
-last: a prompt whose .json exists is finished, and a batch that was interrupted goes on where it stopped.
+last: a prompt whose .json exists is finished, and a batch that was interrupted goes on where it stopped. Processes that
+write to the same folder share the prompts between them, however they were started; each has a GPU of its own.
 """
 
 import argparse
@@ -65,7 +67,7 @@ def parse(argv=None):
     )
     run = parser.add_argument_group("run")
     run.add_argument("--output_dir", type=Path, default=Path("outputs"), help="folder for the files (default: outputs)")
-    run.add_argument("--device", help="cuda, cuda:1, cpu (default: the GPU if there is one)")
+    run.add_argument("--device", help="cuda, cuda:1, cpu (default: the GPU of this process, if there is one)")
     run.add_argument(
         "--no_warmup", action="store_true", help="skip the short untimed first run on a GPU, which compiles kernels"
     )
@@ -113,9 +115,7 @@ def call_arguments(args, config, pipe, recipe):
 def main(argv=None):
     args = parse(argv)
     logging.basicConfig(level=logging.INFO if args.verbose else logging.WARNING, format="%(name)s: %(message)s")
-    import torch  # late: --help answers at once
-
-    from psa_diffusers import generation
+    from psa_diffusers import generation  # late: --help answers at once
     from psa_diffusers.preset import parse_overrides
     from psa_diffusers.run_config import LoraSource
 
@@ -125,7 +125,7 @@ def main(argv=None):
         overrides = parse_overrides(args.set)
         if args.compare:
             generation.check_metrics()
-        device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        device = args.device or generation.device_of_process()
         lora = LoraSource(args.lora_path, args.lora_weight_name) if args.lora_path else None
         print(f"model {args.model} on {device}: loading ...", flush=True)
         pipe = generation.load_pipeline(config, device=device, lora=lora)
@@ -195,19 +195,43 @@ class Job:
         generation.generate(self.pipe, call, seed=0, use_psa=self.args.use_psa, **{**self.psa, "overrides": overrides})
 
     def run_all(self, prompts):
+        """Do those prompts that are not finished and that no other process has claimed."""
+        from contextlib import closing
+
         from tqdm import tqdm
 
-        for index, prompt in enumerate(tqdm(prompts, desc="prompts", disable=len(prompts) == 1)):
-            self.run_one(index, prompt, self.args.seed + index)
+        from psa_diffusers import generation
+        from psa_diffusers.worklist import share_out
 
-    def run_one(self, index, prompt, seed):
+        seeds = [self.args.seed + index for index in range(len(prompts))]
+        names = [
+            generation.output_name(index, prompt, seed, self.settings)
+            for index, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True))
+        ]
+        done = [self.is_finished(name) for name in names]
+        for name in (name for name, is_done in zip(names, done, strict=True) if is_done):
+            print(f"{self.files(name)[0]}: finished already")
+        with (
+            tqdm(total=len(names), initial=sum(done), desc="prompts", disable=len(prompts) == 1) as bar,
+            closing(share_out(names, self.args.output_dir, self.is_finished)) as work,
+        ):
+            for index in work:
+                self.run_one(names[index], prompts[index], seeds[index])
+                bar.n = sum(map(self.is_finished, names))
+                bar.refresh()
+
+    def files(self, name):
+        return [self.args.output_dir / f"{name}{suffix}" for suffix in (".mp4", ".json")]
+
+    def is_finished(self, name):
+        return all(path.is_file() for path in self.files(name))
+
+    def run_one(self, name, prompt, seed):
         from psa_diffusers import generation
 
-        name = generation.output_name(index, prompt, seed, self.settings)
-        video, record = (self.args.output_dir / f"{name}{suffix}" for suffix in (".mp4", ".json"))
-        if record.is_file() and video.is_file():
-            print(f"{video}: finished already")
-            return
+        video, record = self.files(name)
+        for half in self.args.output_dir.glob(f".{name}.*part*"):
+            half.unlink()  # of a process that was killed: this one has the claim now
         call = {**self.call, "prompt": prompt}
         print(f"prompt: {prompt}", flush=True)
         dense = None

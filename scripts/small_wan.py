@@ -26,9 +26,8 @@ def make_small_wan(seed: int = 0):
     from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, WanPipeline, WanTransformer3DModel
     from transformers import UMT5Config, UMT5EncoderModel
 
-    from psa_diffusers.demo import build_demo_pipeline
+    from psa_diffusers.demo import _tokenizer
 
-    tokenizer = build_demo_pipeline().tokenizer
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(seed)
         transformer = WanTransformer3DModel(
@@ -64,7 +63,7 @@ def make_small_wan(seed: int = 0):
         )
         text_encoder = UMT5EncoderModel(text).eval()
     return WanPipeline(
-        tokenizer=tokenizer,
+        tokenizer=_tokenizer(),
         text_encoder=text_encoder,
         vae=vae,
         transformer=transformer,

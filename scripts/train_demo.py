@@ -48,14 +48,16 @@ def main(argv=None):
     from accelerate import Accelerator
     from accelerate.utils import set_seed
 
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    torch.set_float32_matmul_precision("high")
     accelerator = Accelerator(cpu=args.cpu)
     set_seed(args.seed)
     args.output.mkdir(parents=True, exist_ok=True)
     job = Job(args, accelerator)
     job.train_vae()
-    job.train_transformer()
-    job.finish()
+    try:
+        job.train_transformer()
+    finally:  # whatever was learned before something went wrong
+        job.finish()
     return 0
 
 
@@ -75,6 +77,7 @@ class Job:
         self.path = args.output / "state.pt"
         self.state = torch.load(self.path, map_location="cpu", weights_only=True) if self.path.is_file() else {}
         self.curve = self.state.get("curve", [])
+        self.masters = None
         if self.state:
             self.say(f"going on from {self.path}: {len(self.curve)} points of the curve")
         elif args.init is not None:
@@ -229,7 +232,7 @@ class Job:
 
         from psa_diffusers.demo import write_hashes
 
-        if not self.accelerator.is_main_process:
+        if not self.accelerator.is_main_process or self.masters is None:
             return
         self.masters.load_average()
         # the text encoder is small, and transformers would load it in the precision of its file

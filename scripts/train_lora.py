@@ -73,7 +73,7 @@ class Distillation:
 
         from psa_diffusers.generation import load_pipeline, resolve_model
 
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+        torch.set_float32_matmul_precision("high")
         self.args, self.accelerator, self.device = args, accelerator, accelerator.device
         self.state, self.curve = {}, []
         self.dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
@@ -128,7 +128,7 @@ class Distillation:
                     x = pipe.scheduler.step(guided, step, x, return_dict=False)[0].float()
                     if (number + 1) % (args.teacher_steps // STEPS) == 0:
                         kept.append(x)
-                states.append(torch.stack(kept).to(torch.bfloat16))
+                states.append(torch.stack(kept).half())  # finer than bfloat16: their differences are the targets
                 texts.append(text)
                 if self.device.type == "cuda":
                     torch.cuda.synchronize()

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from tiny import ALL_CASES
+from watch import named_inputs
 
 from psa_diffusers.models import processor
 
@@ -17,8 +18,9 @@ def captured_inputs(pipe: Any, name: str, **kwargs: Any) -> list[dict[str, Any]]
     inputs = []
 
     def hook(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
-        assert not args
-        inputs.append(kwargs)
+        given = named_inputs(module, args, kwargs)
+        given.pop("self")
+        inputs.append(given)
 
     handle = pipe.transformer.register_forward_pre_hook(hook, with_kwargs=True)
     ALL_CASES[name].run(pipe, **kwargs)

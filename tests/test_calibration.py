@@ -134,6 +134,11 @@ def test_what_was_measured_is_not_measured_again(tmp_path):
     assert runs == []
     run("cogvideox", tmp_path, pipe, target_density=0.6, held_out=[], prompts=PROMPTS[:2], seed=7)
     assert runs == PROMPTS[:2], "another seed is another measurement"
+    runs.clear()
+    with torch.no_grad():
+        pipe.transformer.transformer_blocks[0].attn1.to_q.weight.mul_(1.5)
+    run("cogvideox", tmp_path, pipe, target_density=0.6, held_out=[], prompts=PROMPTS[:2], seed=7)
+    assert runs == PROMPTS[:2], "and so are other weights"
 
 
 def test_an_interrupted_calibration_goes_on(tmp_path):

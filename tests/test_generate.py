@@ -20,7 +20,15 @@ from psa_diffusers.run_config import load_model_config
 
 SCRIPT = Path(__file__).parent.parent / "scripts" / "generate.py"
 SIZE = ["--width", "64", "--height", "64", "--num_frames", "9", "--num_inference_steps", "3"]
-SMALL = ["--set", "block_size.m=16", "block_size.n=16", "block_size.tile_n=16", "warmup_steps=1"]
+SMALL = [
+    "--attention_preset",
+    "psa_balanced",
+    "--set",
+    "block_size.m=16",
+    "block_size.n=16",
+    "block_size.tile_n=16",
+    "warmup_steps=1",
+]
 PROMPTS = ["a red ball rolls", "two foxes in the snow"]
 
 # imageio-ffmpeg reads the size of a file from ffmpeg's output and leaves the pipe to the garbage collector

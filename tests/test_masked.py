@@ -1,4 +1,4 @@
-"""The masked form of stage 7, which trains on a GPU, against the form that is judged by the oracle."""
+"""The forms of stages 3 and 7 that train on a GPU, against those that are judged by the oracle."""
 
 import oracle
 import pytest
@@ -9,6 +9,7 @@ from psa_diffusers.layout import flat_layout
 from psa_diffusers.preset import KEY_VARIANCE_CAP
 from psa_diffusers.stages import attend, build_pyramid, make_schedule
 from psa_diffusers.stages.masked import attend_masked
+from psa_diffusers.stages.pyramid import pool_at_once
 
 CASES = [
     #             L    m    n    factors        what it is for
@@ -27,8 +28,8 @@ def both(q, k, v, factors, m, n, rng, key_variance, value_tilt):
     level_map = torch.tensor(factors, dtype=torch.int16)[torch.randint(0, len(factors), shape, generator=rng)]
     factors = tuple(sorted({*factors} - {0} | {1}))
     schedule = make_schedule(level_map, factors, n)
-    for run in (attend, attend_masked):
-        pyramid = build_pyramid(k, v, layout, factors, key_variance=key_variance, value_tilt=value_tilt)
+    for build, run in ((build_pyramid, attend), (pool_at_once, attend_masked)):
+        pyramid = build(k, v, layout, factors, key_variance=key_variance, value_tilt=value_tilt)
         yield run(q, k, v, pyramid, schedule, layout, scale=D**-0.5, variance_cap=KEY_VARIANCE_CAP)
     yield level_map
 
@@ -59,3 +60,18 @@ def test_its_gradients_are_the_same(value_tilt, rng):
     for name, a, b in zip("qkv", got, expected, strict=True):
         # sums of about a thousand products
         torch.testing.assert_close(a, b, rtol=0, atol=1e-12 * float(b.abs().max() + 1), msg=name)
+
+
+def test_both_pyramids_are_the_same(rng):
+    k, v = (torch.randn(2, 2, 97, 16, generator=rng, dtype=torch.float64) for _ in range(2))
+    layout = flat_layout(97, 32, 64, k.device)
+    pyramids = [
+        build(k, v, layout, (1, 2, 64), key_variance=True, value_tilt=True) for build in (build_pyramid, pool_at_once)
+    ]
+    real = torch.isfinite(pyramids[0].log_counts)
+    for name in ("keys", "values", "variance", "covariance", "log_counts", "finite"):
+        expected, got = (getattr(pyramid, name) for pyramid in pyramids)
+        if name in ("keys", "values", "variance"):
+            expected, got = (x[:, :, real] for x in (expected, got))  # undefined in an empty cell
+        torch.testing.assert_close(got, expected, rtol=0, atol=1e-13, msg=name)
+    assert pyramids[0].bases == pyramids[1].bases

@@ -1,12 +1,13 @@
-"""The miniature world, its evaluator, and the three scripts that train and judge on it, as a person runs them."""
+"""The miniature world, its evaluator, and the three scripts that train and judge on it."""
 
+import contextlib
 import importlib.util
+import io
 import json
-import os
 import random
 import shutil
-import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -29,7 +30,15 @@ def load_helper(name):
     return sys.modules[name]
 
 
-world, measure, training = (load_helper(name) for name in ("_world", "_measure", "_training"))
+world, measure, _, training = (load_helper(name) for name in ("_world", "_measure", "_miniature", "_training"))
+
+
+@dataclass
+class Done:
+    """What a script printed."""
+
+    stdout: str
+    stderr: str
 
 
 def drawn(scene, seed=0, frames=25):
@@ -38,14 +47,15 @@ def drawn(scene, seed=0, frames=25):
 
 
 def run_script(name, *args, code=0):
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "scripts" / f"{name}.py"), *map(str, args)],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
-    )
-    assert done.returncode == code, done.stdout + done.stderr
-    return done
+    """Run a script's `main` here: a process of its own would spend its time on imports."""
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            ended = load_helper(name).main([str(arg) for arg in args])
+        except SystemExit as exit_:
+            ended = exit_.code
+    assert ended == code, out.getvalue() + err.getvalue()
+    return Done(out.getvalue(), err.getvalue())
 
 
 # --- the world

@@ -5,7 +5,7 @@ import pytest
 import torch
 from budget import assert_within_rounding, max_error
 
-from psa_diffusers import assign_levels, psa_attention, pyramid_attention
+from psa_diffusers import assign_levels, load_preset, psa_attention, pyramid_attention
 from psa_diffusers.layout import flat_layout, make_layout
 from psa_diffusers.orders import video_order
 from psa_diffusers.preset import PSAPreset
@@ -302,3 +302,32 @@ def test_pyramid_means_skip_empty_lanes():
     assert pyramid.keys[0, 0, pyramid.bases[2] :, 0].tolist() == [1.5, 4.0]
     torch.testing.assert_close(pyramid.log_counts.exp(), torch.tensor([2.0, 2, 1, 0, 4, 1]))
     torch.testing.assert_close(pyramid.variance[0, 0, pyramid.bases[2] :], torch.tensor([1.25, 0]))
+
+
+@pytest.mark.parametrize("name", ["psa_cover", "psa_fast", "psa_quality"])
+@pytest.mark.parametrize(("grid", "text_tokens"), [((4, 8, 12), 0), ((5, 9, 11), 7)], ids=["even", "ragged-with-text"])
+def test_our_presets_are_the_definition_from_start_to_end(name, grid, text_tokens, rng):
+    video_tokens = grid[0] * grid[1] * grid[2]
+    q, k, v = random_qkv(rng, 1, 2, video_tokens + text_tokens, 16, dtype=torch.float64)
+    q, v = q * torch.tensor([1.0, 4.0])[:, None, None], v + k
+    preset = load_preset("default", name)
+    out, schedule = psa_attention(
+        q, k, v, preset, grid=grid, text_tokens=text_tokens, backend="torch", return_schedule=True
+    )
+    m, n = 16 if name == "psa_fast" else 32, 32  # min_blocks: the least size of a block, as the video is small
+    coarse = tuple((min(factor, n), bound) for factor, bound in preset.for_video(video_tokens).levels)
+    video = video_order(grid, "boxes") + text_tokens
+    place = {"order": torch.cat([video, torch.arange(text_tokens)]), "segments": [video_tokens, text_tokens]}
+    importance = oracle.oracle_importance(q, k, "pooled_moments", m, n, **place)
+    rows, blocks = -(-video_tokens // m), -(-video_tokens // n)
+    level_map = torch.ones(importance.shape, dtype=torch.int16)
+    for h in range(2):
+        for i in range(rows):
+            row = importance[0, h, i, :blocks].tolist()
+            level_map[0, h, i, :blocks] = torch.tensor(oracle.oracle_levels(row, coarse, "topk"))
+    assert torch.equal(schedule.to_level_map(), level_map)
+    assert {1, n} <= set(level_map.unique().tolist()), "the case must read at several factors"
+    gain = oracle.oracle_tilt_gain(q, k, v, n, order=place["order"], video_tokens=video_tokens)
+    case = {"level_map": level_map, "block_m": m, "block_n": n, "key_variance": True, **place}
+    truth = oracle.oracle_attention(q, k, v, value_tilt=True, tilt_gain=gain, **case)
+    assert max_error(out, truth) <= 1e-12 * float(truth.abs().max() + 1), "a few thousand roundings of float64"

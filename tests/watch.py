@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import inspect
 import re
 from collections import Counter
 from typing import Any
@@ -23,13 +24,19 @@ def mirrored() -> dict[str, set[str]]:
     }
 
 
+def named_inputs(module: Any, args: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of a module's forward by name."""
+    return inspect.signature(type(module).forward).bind(module, *args, **kwargs).arguments
+
+
 def find_class(path: str) -> type | None:
-    """The class at a path, None if this version of diffusers has none."""
+    """The class at a path, None if this version of diffusers has none, or keeps no more than its name."""
     module, name = path.rsplit(".", 1)
     try:
-        return getattr(importlib.import_module(module), name, None)
+        cls = getattr(importlib.import_module(module), name, None)
     except ImportError:
         return None
+    return cls if "__call__" in vars(cls or object) else None
 
 
 class Watch:
@@ -72,7 +79,7 @@ class Watch:
         self.calls.clear()
 
     def _read_timestep(self, module: Any, args: Any, kwargs: dict[str, Any]) -> None:
-        self._timestep = float(kwargs["timestep"].max())
+        self._timestep = float(named_inputs(module, args, kwargs)["timestep"].max())
 
     def _noting_dense(self, call: Any) -> Any:
         @functools.wraps(call)

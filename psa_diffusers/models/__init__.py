@@ -1,5 +1,43 @@
 """The denoiser families. Importing a family's file registers it."""
 
-from psa_diffusers.models import cogvideox, hunyuan_video, ltx, wan
+from psa_diffusers.models import (
+    allegro,
+    chronoedit,
+    cogvideox,
+    consisid,
+    cosmos,
+    easyanimate,
+    framepack,
+    hunyuan_video,
+    hunyuan_video15,
+    kandinsky5,
+    ltx,
+    ltx2,
+    mochi,
+    motif_video,
+    skyreels_v2,
+    wan,
+    wan_animate,
+    wan_vace,
+)
 
-__all__ = ["cogvideox", "hunyuan_video", "ltx", "wan"]
+__all__ = [
+    "allegro",
+    "chronoedit",
+    "cogvideox",
+    "consisid",
+    "cosmos",
+    "easyanimate",
+    "framepack",
+    "hunyuan_video",
+    "hunyuan_video15",
+    "kandinsky5",
+    "ltx",
+    "ltx2",
+    "mochi",
+    "motif_video",
+    "skyreels_v2",
+    "wan",
+    "wan_animate",
+    "wan_vace",
+]

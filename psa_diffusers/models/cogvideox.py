@@ -1,17 +1,11 @@
-"""CogVideoX 1.0 and 1.5: text and video in one sequence, text in front.
-
-Mirrors `CogVideoXAttnProcessor2_0` and its fused twin of diffusers/models/attention_processor.py, one call changed.
-"""
+"""CogVideoX 1.0 and 1.5, from text, image or video."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
-import torch
-from torch import Tensor, nn
-
-from psa_diffusers.models.processor import FamilyProcessor
+from psa_diffusers.models.cogvideox_attention import CogVideoXPSAProcessor, make_default
 from psa_diffusers.models.registry import Family, Grid, SectionRule, register_family
 
 UPSTREAM_DIGESTS = {
@@ -21,49 +15,6 @@ UPSTREAM_DIGESTS = {
 """Start of the SHA-256 of the source of `__call__` in the diffusers versions that were read and tested."""
 
 
-class CogVideoXPSAProcessor(FamilyProcessor):
-    """Pyramid sparse self-attention of a CogVideoX block."""
-
-    def __call__(
-        self,
-        attn: nn.Module,
-        hidden_states: Tensor,
-        encoder_hidden_states: Tensor,
-        attention_mask: Tensor | None = None,
-        image_rotary_emb: tuple[Tensor, Tensor] | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        text = encoder_hidden_states.shape[1]
-        reason = self.why_dense(attn, hidden_states, attention_mask)
-        if reason:
-            return self.dense(
-                reason,
-                hidden_states.shape[1] + text,
-                attn,
-                hidden_states,
-                encoder_hidden_states=encoder_hidden_states,
-                attention_mask=attention_mask,
-                image_rotary_emb=image_rotary_emb,
-            )
-        tokens = torch.cat([encoder_hidden_states, hidden_states], dim=1)
-        if "Fused" in type(self.original).__name__:
-            q, k, v = attn.to_qkv(tokens).chunk(3, dim=-1)
-        else:
-            q, k, v = attn.to_q(tokens), attn.to_k(tokens), attn.to_v(tokens)
-        q, k, v = (x.unflatten(2, (attn.heads, -1)).transpose(1, 2) for x in (q, k, v))
-        q = q if attn.norm_q is None else attn.norm_q(q)
-        k = k if attn.norm_k is None else attn.norm_k(k)
-        if image_rotary_emb is not None:
-            from diffusers.models.embeddings import apply_rotary_emb
-
-            # projections are written in place, as upstream does: they belong to nobody else
-            q[:, :, text:] = apply_rotary_emb(q[:, :, text:], image_rotary_emb)
-            k[:, :, text:] = apply_rotary_emb(k[:, :, text:], image_rotary_emb)
-
-        out = self.sparse(q, k, v, text_tokens=text)
-        out = attn.to_out[1](attn.to_out[0](out.transpose(1, 2).flatten(2)))
-        return out[:, text:], out[:, :text]
-
-
 def read_grid(config: Any, inputs: Mapping[str, Any]) -> Grid | None:
     """Latents `(B, F, C, H, W)` in patches; 1.5 pads the frames to whole patches."""
     latents = inputs.get("hidden_states")
@@ -71,12 +22,6 @@ def read_grid(config: Any, inputs: Mapping[str, Any]) -> Grid | None:
         return None
     _, frames, _, height, width = latents.shape
     return -(-frames // (config.patch_size_t or 1)), height // config.patch_size, width // config.patch_size
-
-
-def make_default(config: Any, path: str, attn: nn.Module) -> Any:
-    from diffusers.models.attention_processor import CogVideoXAttnProcessor2_0, FusedCogVideoXAttnProcessor2_0
-
-    return FusedCogVideoXAttnProcessor2_0() if attn.fused_projections else CogVideoXAttnProcessor2_0()
 
 
 def _is_demo(config: Any, pipe: Any) -> bool:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+import math
 import sys
 import weakref
 from collections.abc import Callable, Mapping
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from psa_diffusers.attention import psa_attention, unsupported_head_dim
+from psa_diffusers.models import ulysses
 from psa_diffusers.models.registry import Family, Grid, attention_paths, find_family, supported, unwrap
 from psa_diffusers.preset import PSAPreset, list_presets, load_preset, preset_of_key
 from psa_diffusers.report import Recorder
@@ -25,6 +27,21 @@ from psa_diffusers.warmup import WarmupScheduler
 logger = logging.getLogger("psa_diffusers")
 
 _WRONG_KIND = "preset must be a name, a PSAPreset or None (the default of the model), got a {}"
+_ARGUMENTS = (
+    "hidden_states",
+    "encoder_hidden_states",
+    "attention_mask",
+    "temb",
+    "rotary_emb",
+    "image_rotary_emb",
+    "query_rotary_emb",
+    "key_rotary_emb",
+    "perturbation_mask",
+    "all_perturbed",
+    "sparse_params",
+    "original_context_length",
+    "image_embed_seq_len",
+)
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -57,14 +74,21 @@ class Run:
         self.clock.reset()
         self.pipe, self.fed_by_callback = None, False
 
-    def before_forward(self, timestep: Any) -> None:
-        """Let the clock know that a denoiser is about to run."""
+    def before_forward(self, timestep: Any, *, rises: bool = False) -> None:
+        """Let the clock know that a denoiser is about to run.
+
+        Args:
+            timestep: What it is given as `timestep`.
+            rises: Whether that rises from step to step; the clock wants it to fall.
+        """
         if self.pipe is not None and not torch.compiler.is_compiling():
             self.clock.set_length(getattr(self.pipe, "num_timesteps", None))
         # reading a timestep waits for the GPU, so only if nobody else tells the step and somebody wants to know it
         is_asked = not self.clock.idle or self.preset.steps or self.recorder is not None
-        if is_asked and not self.fed_by_callback and timestep is not None and self.clock.observe(timestep):
-            self._forget()
+        if is_asked and not self.fed_by_callback and timestep is not None:
+            is_new_run = self.clock.observe(-timestep if rises else timestep)
+            if is_new_run:
+                self._forget()
 
     def say(self, reason: str, layer: str) -> None:
         """Log, once a call and reason, why a layer is dense against the wish of the user."""
@@ -98,6 +122,8 @@ class Site:
         self.grid: tuple[int, int, int] | None = None
         self.text_lengths: Tensor | None = None
         self._layers = list(family.self_attentions(denoiser))
+        # that of the class splits the video tokens, and nothing else, as the processors expect
+        self.has_parallel_plan = getattr(type(denoiser), "_cp_plan", None) is not None
         self._processors: list[FamilyProcessor] = []
         self._config = denoiser.config
         # of the class: an instance's forward may be wrapped by offloading
@@ -109,7 +135,7 @@ class Site:
         self.grid = self.family.read_grid(self._config, inputs)
         if self.family.read_text is not None:
             self.text_lengths = self.family.read_text(self._config, inputs)
-        self.run.before_forward(inputs.get("timestep"))
+        self.run.before_forward(inputs.get("timestep"), rises=self.family.timesteps_rise)
         if self.run.preset.steps:
             for processor in self._processors:
                 processor.preset = self._preset_now(processor.layer)
@@ -144,6 +170,7 @@ class FamilyProcessor:
         self.layer = layer
         self.original = original
         self.site = site
+        self.dealer = ulysses.HeadDealer()
         self.preset = site.join(self)
 
     @property
@@ -189,12 +216,16 @@ class FamilyProcessor:
             return "perturbed attention guidance replaces its attention"
         if attention_mask is not None:
             return "an attention mask is in use"
-        if getattr(self.original, "_parallel_config", None) is not None:
-            return "context parallelism splits the tokens"
+        parallel = ulysses.context_parallel(self.original)
+        if parallel is not None and (reason := ulysses.why_not(parallel, site.has_parallel_plan)):
+            return reason
         if site.grid is None:
             return "the inputs of the denoiser do not tell the token grid"
         frames, height, width = site.grid
-        if hidden_states.shape[1] != frames * height * width and not (context and self.context_tokens(hidden_states)):
+        expected = frames * height * width
+        if parallel is not None:
+            expected, context = ulysses.local_tokens(parallel, expected), False
+        if hidden_states.shape[1] != expected and not (context and self.context_tokens(hidden_states)):
             return f"{hidden_states.shape[1]} video tokens do not fill the grid {frames} x {height} x {width}"
         if hidden_states.dtype not in DTYPES:
             return f"the dtype {hidden_states.dtype} is not supported"
@@ -237,7 +268,8 @@ class FamilyProcessor:
         grid = grid or self.site.grid
         out, density = self.attend(q, k, v, text_tokens, grid)
         if density is not None:
-            self._note("sparse", "", density, q.shape[2], grid)
+            is_split = ulysses.context_parallel(self.original) is not None
+            self._note("sparse", "", density, math.prod(grid) if is_split else q.shape[2], grid)
         return out
 
     def sparse_padded(self, q: Tensor, k: Tensor, v: Tensor, *, text_tokens: int, text_lengths: Tensor) -> Tensor:
@@ -274,9 +306,29 @@ class FamilyProcessor:
         # autocast keeps norms in float32; dense attention would cast back as well
         q, k = q.to(v.dtype), k.to(v.dtype)
         place = {"grid": grid, "text_tokens": text_tokens, "text_first": self.site.family.text_first}
+        if ulysses.context_parallel(self.original) is not None:
+            return self._attend_in_parallel(q, k, v, place)
         if self.site.run.recorder is None:
             return psa_attention(q, k, v, self.preset, **place), None
         return self._attend_measured(q, k, v, place)
+
+    @torch.compiler.disable  # communicates, and the order of the heads changes
+    def _attend_in_parallel(
+        self, q: Tensor, k: Tensor, v: Tensor, place: dict[str, Any]
+    ) -> tuple[Tensor, Tensor | None]:
+        config, schedules = ulysses.context_parallel(self.original), []
+
+        def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            out, schedule = psa_attention(q, k, v, self.preset, **place, return_schedule=True)
+            schedules.append(schedule)
+            return out
+
+        deals = self.dealer.is_needed(self.preset, q.shape[1], config.ulysses_degree)
+        order = self.dealer.order if deals else None
+        out = ulysses.attend(q, k, v, self.original._parallel_config, attention, order)
+        if deals:
+            self.dealer.learn(ulysses.cost_of_heads(schedules[0]), config)
+        return out, None if self.site.run.recorder is None else schedules[0].density()
 
     # what is recorded changes with every call: compiled, it would be compiled again and again
     @torch.compiler.disable
@@ -425,15 +477,7 @@ class PSAProcessor:
         """Recorders of the denoisers served, for `psa_report`."""
         return [run.recorder for run in self._runs.values() if run.recorder is not None]
 
-    def __call__(
-        self,
-        attn: nn.Module,
-        hidden_states: Tensor,
-        encoder_hidden_states: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        rotary_emb: Any = None,
-        image_rotary_emb: Any = None,
-    ) -> Any:
+    def __call__(self, attn: nn.Module, *args: Any, **kwargs: Any) -> Any:
         processor = self._processors.get(attn)
         if processor is None:
             processor = self._bind(attn)
@@ -441,8 +485,12 @@ class PSAProcessor:
             value = getattr(self, name)
             if value is not None and getattr(processor, name, value) != value:
                 setattr(processor, name, value)
-        rotary = rotary_emb if image_rotary_emb is None else image_rotary_emb
-        return processor(attn, hidden_states, encoder_hidden_states, attention_mask, rotary)
+        return processor(attn, *args, **kwargs)
+
+    # diffusers hands over only the arguments that a signature names: these are the names of all families
+    __call__.__signature__ = inspect.Signature(
+        inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD) for name in ("self", "attn", *_ARGUMENTS)
+    )
 
     @torch.compiler.disable  # once a denoiser; it walks the Python stack
     def _bind(self, attn: nn.Module) -> Any:

@@ -55,6 +55,7 @@ class Family:
         text_first: Whether a joint sequence has its text in front; True where there is no text in the sequence.
         read_text: `(config, inputs of forward by name)` to the number of valid text tokens of each sample, ``[B]``
             integers on the CPU, None if the padding is not at the end; for sequences that end in padded text.
+        timesteps_rise: Whether the timestep that the denoiser is given rises from step to step, as Mochi's does.
         sections: Sizes with presets of their own, the first that fits exactly wins. None: the section `default`.
         read_size: Config to heads and layers, by which `sections` are told apart.
         make_default: `(config, path, attention)` to the processor that diffusers would give an attention of the
@@ -71,6 +72,7 @@ class Family:
     processor: Callable[..., Any]
     text_first: bool = True
     read_text: Callable[[Any, Mapping[str, Any]], Tensor | None] | None = None
+    timesteps_rise: bool = False
     sections: Sequence[SectionRule] = ()
     read_size: Callable[[Any], tuple[int, int]] = read_size
     make_default: Callable[[Any, str, nn.Module], Any] | None = None

@@ -21,7 +21,7 @@ class WanPSAProcessor(FamilyProcessor):
         hidden_states: Tensor,
         encoder_hidden_states: Tensor | None = None,
         attention_mask: Tensor | None = None,
-        rotary_emb: tuple[Tensor, Tensor] | None = None,
+        rotary_emb: tuple[Tensor, Tensor] | Tensor | None = None,
     ) -> Tensor:
         reason = self.why_dense(attn, hidden_states, attention_mask)
         if encoder_hidden_states is not None:
@@ -36,17 +36,26 @@ class WanPSAProcessor(FamilyProcessor):
         q, k = attn.norm_q(q), attn.norm_k(k)
         q, k, v = (x.unflatten(2, (attn.heads, -1)) for x in (q, k, v))
         if rotary_emb is not None:
-            q, k = rotate(q, *rotary_emb), rotate(k, *rotary_emb)
+            q, k = rotate(q, rotary_emb), rotate(k, rotary_emb)
 
         out = self.sparse(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
         out = out.transpose(1, 2).flatten(2).type_as(q)
         return attn.to_out[1](attn.to_out[0](out))
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn neighbouring channels of ``[B, L, H, D]`` by the angles of ``[1, L, 1, D]``; each angle is there twice."""
+def rotate(x: Tensor, angles: tuple[Tensor, Tensor] | Tensor) -> Tensor:
+    """Turn neighbouring channels of ``[B, L, H, D]``.
+
+    Args:
+        x: What is turned.
+        angles: Cosines and sines ``[1, L, 1, D]``, each standing there twice; for SkyReels-V2 in diffusers 0.35 complex
+            numbers ``[1, 1, L, D / 2]``.
+    """
+    if isinstance(angles, Tensor):
+        turned = torch.view_as_complex(x.float().unflatten(-1, (-1, 2))) * angles.transpose(1, 2)
+        return torch.view_as_real(turned).flatten(-2).type_as(x)
+    cos, sin = angles[0][..., 0::2], angles[1][..., 1::2]
     even, odd = x[..., 0::2], x[..., 1::2]
-    cos, sin = cos[..., 0::2], sin[..., 1::2]
     out = torch.empty_like(x)
     out[..., 0::2] = even * cos - odd * sin
     out[..., 1::2] = even * sin + odd * cos

@@ -72,6 +72,8 @@ def build_pyramid(
     Source: arXiv:2512.04025, section 3, mean pooling. Differs: means are over real tokens only; variance and
         covariance are ours (docs/concept.md).
     """
+    if k.is_cuda and torch.is_grad_enabled() and (k.requires_grad or v.requires_grad):
+        return pool_at_once(k, v, layout, factors, key_variance=key_variance, value_tilt=value_tilt)
     wide = torch.float64 if k.dtype == torch.float64 else torch.float32
     batch, heads, tokens, dim = k.shape
     lanes = layout.key_rows.shape[0]
@@ -120,4 +122,42 @@ def build_pyramid(
         variance=variance,
         covariance=covariance,
         finite=finite,
+    )
+
+
+def pool_at_once(
+    k: Tensor, v: Tensor, layout: Layout, factors: tuple[int, ...], *, key_variance: bool, value_tilt: bool
+) -> Pyramid:
+    """`build_pyramid` for training on a GPU: all heads in a few operators, which a backward pass remembers."""
+    wide = torch.float64 if k.dtype == torch.float64 else torch.float32
+    bases, _ = pooled_rows(layout.key_rows.shape[0], factors)
+    rows = layout.key_rows.clamp_min(0).long()
+    real = (layout.key_rows >= 0).to(wide)[:, None]
+    token_k, token_v = (x.index_select(2, rows).to(wide) * real for x in (k, v))
+    empty = token_k[:, :, :0]
+    keys, values, log_counts, variance = [empty], [empty], [empty.new_zeros(0)], [empty[..., 0]]
+    covariance = [token_k.new_zeros(*k.shape[:2], k.shape[3], k.shape[3])]
+    for factor in factors[1:]:
+        count = layout.cell_counts(factor).to(wide)
+        divisor = count.clamp_min(1)[:, None]
+        mean_k, mean_v = (x.unflatten(2, (-1, factor)).sum(3) / divisor for x in (token_k, token_v))
+        keys.append(mean_k)
+        values.append(mean_v)
+        log_counts.append(count.log())
+        if key_variance or value_tilt:
+            delta_k = (token_k - mean_k.repeat_interleave(factor, 2)) * real
+        if key_variance:
+            variance.append(delta_k.square().mean(3).unflatten(2, (-1, factor)).sum(3) / divisor[:, 0])
+        if value_tilt:
+            delta_v = (token_v - mean_v.repeat_interleave(factor, 2)) * real
+            covariance.append(delta_k.mT @ delta_v / k.shape[2])
+    return Pyramid(
+        factors=tuple(factors),
+        bases=bases,
+        keys=torch.cat(keys, 2).to(k.dtype),
+        values=torch.cat(values, 2).to(v.dtype),
+        log_counts=torch.cat(log_counts),
+        variance=torch.cat(variance, 2) if key_variance else None,
+        covariance=torch.stack(covariance, 2) if value_tilt else None,
+        finite=torch.isfinite(k.detach().sum((2, 3), dtype=wide) + v.detach().sum((2, 3), dtype=wide)),
     )

@@ -1,0 +1,37 @@
+"""ConsisID: CogVideoX that keeps the face of a picture, which enters between the blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from psa_diffusers.models.cogvideox_attention import CogVideoXPSAProcessor, make_default
+from psa_diffusers.models.registry import Family, Grid, SectionRule, register_family
+
+UPSTREAM_DIGESTS: dict[str, set[str]] = {}
+"""Its attention is that of cogvideox.py."""
+
+
+def read_grid(config: Any, inputs: Mapping[str, Any]) -> Grid | None:
+    """Latents ``[B, F, C, H, W]`` in patches."""
+    latents = inputs.get("hidden_states")
+    if latents is None or latents.ndim != 5:
+        return None
+    _, frames, _, height, width = latents.shape
+    return frames, height // config.patch_size, width // config.patch_size
+
+
+register_family(
+    Family(
+        name="ConsisID",
+        denoisers=("ConsisIDTransformer3DModel",),
+        attentions=r"transformer_blocks\.\d+\.attn1",
+        read_grid=read_grid,
+        text_first=True,
+        # of the size of CogVideoX-5B, and made from it
+        sections=(SectionRule("CogVideo_5b", 48, 42),),
+        processor=CogVideoXPSAProcessor,
+        make_default=make_default,
+        pipelines=("ConsisIDPipeline",),
+    )
+)

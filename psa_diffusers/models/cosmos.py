@@ -1,0 +1,88 @@
+"""Cosmos 1, 2 and 2.5: video tokens only; text and image enter by cross-attention.
+
+Mirrors `CosmosAttnProcessor2_0` of diffusers/models/transformers/transformer_cosmos.py, one call changed.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from psa_diffusers.models.grid import read_latents
+from psa_diffusers.models.processor import FamilyProcessor
+from psa_diffusers.models.registry import Family, SectionRule, register_family
+
+UPSTREAM_DIGESTS = {
+    "diffusers.models.transformers.transformer_cosmos.CosmosAttnProcessor2_0": {"3bc2d0052d88", "5ec61c5c7542"},
+}
+"""Start of the SHA-256 of the source of `__call__` in the diffusers versions that were read and tested."""
+
+
+class CosmosPSAProcessor(FamilyProcessor):
+    """Pyramid sparse self-attention of a Cosmos block."""
+
+    def __call__(
+        self,
+        attn: nn.Module,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        image_rotary_emb: tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor:
+        reason = self.why_dense(attn, hidden_states, attention_mask)
+        if encoder_hidden_states is not None:
+            reason = "cross-attention"
+        if reason:
+            return self.dense(
+                reason,
+                hidden_states.shape[1],
+                attn,
+                hidden_states,
+                encoder_hidden_states=encoder_hidden_states,
+                attention_mask=attention_mask,
+                image_rotary_emb=image_rotary_emb,
+            )
+        projections = (attn.to_q, attn.to_k, attn.to_v)
+        q, k, v = (to(hidden_states).unflatten(2, (attn.heads, -1)).transpose(1, 2) for to in projections)
+        q, k = attn.norm_q(q), attn.norm_k(k)
+        if image_rotary_emb is not None:
+            from diffusers.models.embeddings import apply_rotary_emb
+
+            q, k = (apply_rotary_emb(x, image_rotary_emb, use_real_unbind_dim=-2) for x in (q, k))
+
+        out = self.sparse(q, k, v).transpose(1, 2).flatten(2).type_as(q)
+        return attn.to_out[1](attn.to_out[0](out))
+
+
+def make_default(config: Any, path: str, attn: nn.Module) -> Any:
+    from diffusers.models.transformers import transformer_cosmos
+
+    kind = "2_5" if type(attn).__name__ == "CosmosAttention" else "2_0"
+    return getattr(transformer_cosmos, f"CosmosAttnProcessor{kind}")()
+
+
+register_family(
+    Family(
+        name="Cosmos",
+        denoisers=("CosmosTransformer3DModel",),
+        attentions=r"transformer_blocks\.\d+\.attn1",
+        read_grid=read_latents,
+        sections=(
+            SectionRule("Cosmos", 16, 28),
+            SectionRule("Cosmos", 32, 28),
+            SectionRule("Cosmos", 32, 36),
+            SectionRule("Cosmos", 40, 36),
+        ),
+        processor=CosmosPSAProcessor,
+        make_default=make_default,
+        pipelines=(
+            "CosmosTextToWorldPipeline",
+            "CosmosVideoToWorldPipeline",
+            "Cosmos2VideoToWorldPipeline",
+            "Cosmos2_5_PredictBasePipeline",
+            "Cosmos2_5_TransferPipeline",
+        ),
+        dense="the few blocks of the control network of Cosmos 2.5 Transfer, which is a model of its own",
+    )
+)

@@ -1,0 +1,102 @@
+"""LTX-2, 2.3 and 2.5: video tokens, keyframes and references behind them; sound and text enter by cross-attention.
+
+Mirrors `LTX2AudioVideoAttnProcessor` and `LTX2PerturbedAttnProcessor` of
+diffusers/models/transformers/transformer_ltx2.py, one call changed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from psa_diffusers.models.processor import FamilyProcessor
+from psa_diffusers.models.registry import Family, Grid, SectionRule, register_family
+
+UPSTREAM_DIGESTS = {
+    "diffusers.models.transformers.transformer_ltx2.LTX2AudioVideoAttnProcessor": {"49e4d7077b2a", "0391667b7f0a"},
+    "diffusers.models.transformers.transformer_ltx2.LTX2PerturbedAttnProcessor": {"ab3b88fd4d26"},
+}
+"""Start of the SHA-256 of the source of `__call__` in the diffusers versions that were read and tested."""
+
+
+class LTX2PSAProcessor(FamilyProcessor):
+    """Pyramid sparse self-attention over the video of an LTX-2 block."""
+
+    def __call__(
+        self,
+        attn: nn.Module,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        query_rotary_emb: tuple[Tensor, Tensor] | None = None,
+        key_rotary_emb: tuple[Tensor, Tensor] | None = None,
+        perturbation_mask: Tensor | None = None,
+        all_perturbed: Any = None,
+    ) -> Tensor:
+        reason = self.why_dense(attn, hidden_states, attention_mask, context=True)
+        if encoder_hidden_states is not None:
+            reason = "cross-attention"
+        elif perturbation_mask is not None and not reason:
+            reason = "spatio-temporal guidance leaves attention out in this layer"
+        if reason:
+            arguments = (hidden_states, encoder_hidden_states, attention_mask, query_rotary_emb, key_rotary_emb)
+            perturbed = {"perturbation_mask": perturbation_mask, "all_perturbed": all_perturbed}
+            given = {name: value for name, value in perturbed.items() if value is not None}
+            return self.dense(reason, hidden_states.shape[1], attn, *arguments, **given)
+        q, k, v = attn.to_q(hidden_states), attn.to_k(hidden_states), attn.to_v(hidden_states)
+        q, k = attn.norm_q(q), attn.norm_k(k)
+        if query_rotary_emb is not None:
+            rotate = find_rotation(attn.rope_type)
+            q, k = rotate(q, query_rotary_emb), rotate(k, key_rotary_emb or query_rotary_emb)
+        q, k, v = (x.unflatten(2, (attn.heads, -1)).transpose(1, 2) for x in (q, k, v))
+
+        out = self.sparse(q, k, v, text_tokens=self.context_tokens(hidden_states)).transpose(1, 2).to(q.dtype)
+        if getattr(attn, "to_gate_logits", None) is not None:
+            out = out * (2.0 * torch.sigmoid(attn.to_gate_logits(hidden_states))).unsqueeze(-1)
+        return attn.to_out[1](attn.to_out[0](out.flatten(2)))
+
+
+def find_rotation(kind: str) -> Any:
+    from diffusers.models.transformers import transformer_ltx2
+
+    return getattr(transformer_ltx2, f"apply_{kind}_rotary_emb")
+
+
+def read_grid(config: Any, inputs: Mapping[str, Any]) -> Grid | None:
+    """Sizes in tokens."""
+    sizes = tuple(inputs.get(name) for name in ("num_frames", "height", "width"))
+    return None if None in sizes else sizes
+
+
+def make_default(config: Any, path: str, attn: nn.Module) -> Any:
+    from diffusers.models.transformers import transformer_ltx2
+
+    is_perturbed = getattr(config, "perturbed_attn", False)
+    return getattr(transformer_ltx2, f"LTX2{'Perturbed' if is_perturbed else 'AudioVideo'}AttnProcessor")()
+
+
+register_family(
+    Family(
+        name="LTX-2",
+        denoisers=("LTX2VideoTransformer3DModel",),
+        attentions=r"transformer_blocks\.\d+\.attn1",
+        read_grid=read_grid,
+        text_first=False,
+        sections=(SectionRule("LTX-2", 32, 48),),
+        processor=LTX2PSAProcessor,
+        make_default=make_default,
+        pipelines=(
+            "LTX2Pipeline",
+            "LTX2ImageToVideoPipeline",
+            "LTX2ConditionPipeline",
+            "LTX2InContextPipeline",
+            "LTX2HDRPipeline",
+        ),
+        sparse="every self-attention over video; keyframes and references beside the grid are read in full",
+        dense="all over sound, which is short; layers that spatio-temporal guidance perturbs; calls with an attention "
+        "mask (a reference of reduced strength); the DFR pipelines, whose inputs do not tell the grid",
+    )
+)
