@@ -101,6 +101,7 @@ def _run(q, k, v, preset: PSAPreset, grid, text_tokens, text_first, scale, backe
             finite=pyramid.finite,
         )
         schedule = column.make_schedule(level_map, preset.factors, preset.block_n)
+        del importance, level_map  # not to be held while the output is made
     out = column.attend(q, k, v, pyramid, schedule, layout, scale=scale, variance_cap=KEY_VARIANCE_CAP)
     return out, schedule
 

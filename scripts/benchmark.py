@@ -6,10 +6,11 @@
     python scripts/benchmark.py --plot docs/benchmarks/speed.png --json docs/benchmarks/gpu.jsonl --draw_only
 
 A gate comes first: reading everything at full resolution must be dense attention, and each mix must agree with the
-torch stages on some blocks of queries, both to rounding; for a wrong answer no time is printed. Times are medians of calls of
-psa_attention, planning (pyramid, importance, levels, schedule) included. Density is what was executed, text included; a
-mix whose density would be above --density reads fewer blocks finely. The error is the relative L1 error of the output
-against dense attention on these inputs. Extra memory is what a call needs beyond q, k and v, its result included.
+torch stages on some blocks of queries, both to rounding; for a wrong answer no time is printed. Times are medians of
+calls of psa_attention, planning (pyramid, importance, levels, schedule) included. Density is what was executed, text
+included; a mix whose density would be above --density reads fewer blocks finely. The error is the relative L1 error of
+the output against dense attention on these inputs. Extra memory is what a call needs beyond q, k and v, its result
+included.
 """
 
 import argparse
@@ -54,15 +55,19 @@ SHAPES = {
 }
 TERMS = {"key_variance": True, "value_tilt": True}
 COVER = {1: [0, 0.06], 2: [0.06, 0.1], 4: [0.1, 0.2], 8: [0.2, 0.3], 16: [0.3, 0.4], 32: [0.4, 1]}
+PUBLISHED = {1: [0, 0.1], 2: [0.1, 0.15], 8: [0.15, 0.35], 0: [0.35, 1]}
 MIXES = {
     "cover": PSAPreset(mask_ratios=COVER, **TERMS),
     "top and mean": PSAPreset(mask_ratios={1: [0, 0.13], 128: [0.13, 1]}, **TERMS),
-    "published": PSAPreset(mask_ratios={1: [0, 0.1], 2: [0.1, 0.15], 8: [0.15, 0.35], 0: [0.35, 1]}, **TERMS),
+    "published": PSAPreset(mask_ratios=PUBLISHED, **TERMS),
+    "published, plain": PSAPreset(mask_ratios=PUBLISHED),
+    "cover, plain": PSAPreset(mask_ratios=COVER),
     "psa_cover": load_preset("default", "psa_cover"),
     "psa_fast": load_preset("default", "psa_fast"),
     "all": PSAPreset(mask_ratios={1: [0, 1]}),
 }
-CPU_MIXES = ("published", "cover")
+CPU_MIXES = ("published, plain", "cover, plain", "psa_cover")
+GPU_MIXES = ("cover", "top and mean", "published", "psa_cover", "psa_fast", "all")
 DISTINCT_HEADS = 4  # fields that are drawn; heads repeat them
 
 
@@ -235,10 +240,10 @@ def matrix_rate(device):
     return round(2 * 8192**3 / timed(lambda: a @ b, device, 100)[0] / 1e9, 1)
 
 
-def pair_medians(dense, sparse, device, milliseconds):
+def pair_medians(dense, sparse, device, milliseconds, dense_ms):
     """Times of both; on a CPU calls alternate, so that a machine that slows down slows both."""
     if device.startswith("cuda"):
-        return timed(dense, device, milliseconds), timed(sparse, device, milliseconds)
+        return dense_ms, timed(sparse, device, milliseconds)
     pairs = []
     for _ in range(9):
         pair = []
@@ -271,15 +276,16 @@ def measure(name, shape, q, k, v, args, rate, emit):
     work = 4 * heads * tokens**2 * dim
     base = {"shape": name, "batch": 1, "heads": heads, "tokens": tokens, "head_dim": dim, "dtype": args.dtype}
     base |= {"matrix_tflops": rate}
-    dense_ms = timed(dense, device, args.milliseconds)
+    dense_ms = None
     if on_gpu:
+        dense_ms = timed(dense, device, args.milliseconds)
         line = {"provider": "dense cuDNN", "density": 1.0, "relative_l1": 0.0}
         emit(base | line | times(dense_ms, work, rate) | {"speedup": 1.0})
         flash = timed(dense_of(q, k, v, "flash"), device, args.milliseconds)
         line |= {"provider": "dense FlashAttention-2"}
         emit(base | line | times(flash, work, rate) | {"speedup": round(dense_ms[0] / flash[0], 2)})
 
-    mixes = args.mix or (list(MIXES) if on_gpu else CPU_MIXES)
+    mixes = args.mix or (GPU_MIXES if on_gpu else CPU_MIXES)
     for mix, density in [(mix, density) for mix in mixes for density in args.density]:
         preset = fitted(MIXES[mix], shape, density)
         if mix == "all" and density != args.density[0]:
@@ -292,7 +298,7 @@ def measure(name, shape, q, k, v, args, rate, emit):
         case.check(out, schedule)
         executed = float(schedule.density())
         some = slice(0, DISTINCT_HEADS)
-        both = pair_medians(dense, case.run, device, args.milliseconds)
+        both = pair_medians(dense, case.run, device, args.milliseconds, dense_ms)
         line = {
             "provider": "psa_diffusers",
             "mix": mix,
@@ -397,7 +403,7 @@ def draw(lines, path):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", nargs="+", choices=[*SHAPES, "all"], default=["cogvideox-5b-480p"])
-    parser.add_argument("--mix", nargs="+", choices=MIXES, help="level choices (default: all on a GPU, two on a CPU)")
+    parser.add_argument("--mix", nargs="+", choices=MIXES, help="level choices (default: six on a GPU, three on a CPU)")
     parser.add_argument("--density", nargs="+", type=float, default=[0.15], help="upper bounds (default: 0.15)")
     parser.add_argument("--heads", type=int, help="heads (default: 1 on a CPU, all on a GPU)")
     parser.add_argument(
