@@ -47,6 +47,7 @@ class Call:
         text_tokens: Text tokens in the sequence.
         text_first: Whether they stand before the video.
         scale: Softmax scale.
+        sample: Which sample of how many. Texts of different lengths are recorded one by one; else None.
     """
 
     call: int
@@ -61,6 +62,7 @@ class Call:
     text_tokens: int
     text_first: bool
     scale: float
+    sample: tuple[int, int] | None = None
 
 
 @dataclass
@@ -148,13 +150,15 @@ def record_qkv(
             )  # fmt: skip
             return
         key = f"call{call.call}.step{call.step:03d}.{call.denoiser}.layer{call.layer:02d}.forward{call.forward}."
+        key += "" if call.sample is None else f"sample{call.sample[0]}."
         for part, x in zip("qkv", (q, k, v), strict=True):
             writer.add(key + part, x[:, index])
         recording.num_bytes += size
-        guided = len(q) % 2 == 0 and getattr(pipe, "guidance_scale", 1.0) > 1
-        recording.records.append(
-            {"key": key, **asdict(call), "grid": list(call.grid), "branch": "uncond,cond" if guided else "cond"}
-        )
+        index, count = call.sample or (0, len(q))
+        guided = count % 2 == 0 and getattr(pipe, "guidance_scale", 1.0) > 1
+        halves = "uncond,cond" if call.sample is None else "uncond" if index < count // 2 else "cond"
+        branch = halves if guided else "cond"
+        recording.records.append({"key": key, **asdict(call), "grid": list(call.grid), "branch": branch})
 
     raised = True
     try:
@@ -254,6 +258,7 @@ class _Tap:
     count: int
     site: Site
     layer: str
+    sample: tuple[int, int] | None = None
 
     @torch.no_grad()
     def listen(self, attn: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
@@ -270,6 +275,10 @@ class _Tap:
             run.left_out.append(reason)
             logger.warning("a recording leaves %s out: %s", self.layer, reason)
 
+    def sparse_padded(self, q: Tensor, k: Tensor, v: Tensor, *, text_tokens: int, text_lengths: Tensor) -> Tensor:
+        self.sample = (0, len(q)) if len(text_lengths.unique()) > 1 else None
+        return super().sparse_padded(q, k, v, text_tokens=text_tokens, text_lengths=text_lengths)
+
     def attend(self, q: Tensor, k: Tensor, v: Tensor, text_tokens: int, grid: Grid) -> tuple[Tensor, None]:
         site, run = self.site, self.site.run
         call = Call(
@@ -285,7 +294,10 @@ class _Tap:
             text_tokens=text_tokens,
             text_first=site.family.text_first,
             scale=q.shape[-1] ** -0.5,
+            sample=self.sample,
         )
+        if self.sample is not None:
+            self.sample = self.sample[0] + 1, self.sample[1]
         # autocast keeps norms in float32; attention would cast back as well
         run.sink(q.to(v.dtype), k.to(v.dtype), v, call)
         return v, None  # of the right shape; what follows from it is thrown away

@@ -1,12 +1,13 @@
 """record_qkv on small real pipelines: what is in the file is what the attention was given, and nothing else changes."""
 
 import json
+import warnings
 
 import pytest
 import torch
 import torch.nn.functional as F
 from safetensors import safe_open
-from tiny import CASES, TEXT_TOKENS, TINY_PRESET
+from tiny import ALL_CASES, CASES, TEXT_TOKENS, TINY_PRESET
 
 from psa_diffusers import disable_psa, enable_psa, record_qkv
 from psa_diffusers.pipeline import find_denoisers
@@ -67,6 +68,25 @@ def test_the_file_holds_what_dense_attention_was_given(name, attended, tmp_path)
     steps = [record["step"] for record in records]
     assert steps == sorted(steps)
     assert {(record["step"], record["layer"]) for record in records} == {(0, 0), (0, 1), (1, 0), (1, 1)}
+
+
+@pytest.mark.parametrize("name", ["hunyuan-video", "mochi"])
+def test_texts_of_different_lengths_are_recorded_one_by_one_without_padding(name, tmp_path):
+    pipe, case = ALL_CASES[name].build(), ALL_CASES[name]
+    prompts = {"prompt": ["a cat", "a brown dog"], "negative_prompt": ["bad", "worse"]}
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "In CPU autocast")  # Mochi asks for one that CPUs do not have
+        with record_qkv(pipe, tmp_path / "qkv.safetensors", steps=0, layers=0):
+            case.run(pipe, steps=2, **prompts)
+    records, tensors = read(tmp_path / "qkv.safetensors")
+    # Mochi runs both branches of guidance in one batch, HunyuanVideo one after the other
+    texts = (
+        [["bad", "worse", "a cat", "a brown dog"]] if case.passes == 1 else [["a cat", "a brown dog"], ["bad", "worse"]]
+    )
+    expected = [((n, len(batch)), case.tokens(text)) for batch in texts for n, text in enumerate(batch)]
+    assert [(tuple(record["sample"]), tensors[record["key"] + "q"].shape[2]) for record in records] == expected
+    branches = ["uncond", "uncond", "cond", "cond"] if case.passes == 1 else ["cond", "cond", "uncond", "uncond"]
+    assert [record["branch"] for record in records] == branches
 
 
 @pytest.mark.parametrize("with_psa", [False, True], ids=["dense", "psa"])

@@ -968,6 +968,13 @@ _BASIC = {
     ),
 }
 _MORE = {
+    "cogvideox-control": Case(
+        pipeline="CogVideoXFunControlPipeline",
+        build=lambda **kw: cogvideox(diffusers.CogVideoXFunControlPipeline, in_channels=8, **kw),
+        extra=lambda height, width, frames: {"control_video": _pictures(height, width, frames), "num_frames": DROP},
+        several=False,
+        **COGVIDEOX,
+    ),
     "hunyuan-video": Case(pipeline="HunyuanVideoPipeline", build=hunyuan_video, **HUNYUAN_VIDEO),
     "hunyuan-video-i2v": Case(
         pipeline="HunyuanVideoImageToVideoPipeline",
