@@ -1,8 +1,8 @@
 """Stage 7 on Hopper: `psa_diffusers.kernels.attend` with one group of warps that fetches and two that compute.
 
-What Triton's own pipeline cannot do makes it faster: the addresses of a tile are looked up two tiles ahead by warps that
-have nothing else to do, the two groups take turns so that one multiplies while the other makes weights, and the next
-rows begin while the last ones end. docs/kernel.md says what each of these gave.
+What Triton's own pipeline cannot do makes it faster: the addresses of a tile are looked up two tiles ahead by warps
+that have nothing else to do, the two groups take turns so that one multiplies while the other makes weights, and the
+next rows begin while the last ones end. docs/kernel.md says what each of these gave.
 """
 
 import math
@@ -394,7 +394,7 @@ def _fold(x, SUM: gl.constexpr):
     """
     R: gl.constexpr = x.shape[0]
     LEVELS: gl.constexpr = x.shape[1].bit_length() - 4
-    for level in gl.static_range(LEVELS):
+    for _level in gl.static_range(LEVELS):
         a, b = x.reshape([R, 2, x.shape[1] // 2]).permute([0, 2, 1]).split()
         x = a + b if SUM else gl.maximum(a, b)
     return x
@@ -451,8 +451,8 @@ def _step(
     step: one that crosses the end of a loop makes the assembler wait after each.
 
     Tokens are all of one factor: their weights are added up as they are made, `b_last` those of the last tile, `b_sum`
-    those of the tiles before. Pooled tiles may hold several factors: which key belongs to which is a matrix of ones next
-    to the biases, so that the masses of the factors are a product like the values.
+    those of the tiles before. Pooled tiles may hold several factors: which key belongs to which is a matrix of ones
+    next to the biases, so that the masses of the factors are a product like the values.
     """
     OUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
     FEW: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 8, 16])

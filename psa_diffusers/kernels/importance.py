@@ -62,7 +62,7 @@ def block_importance(
 def _key_cells(
     k: Tensor, layout: Layout, step: int, lanes: int, moments: bool, pyramid: Pyramid | None
 ) -> tuple[Tensor, Tensor | None]:
-    """Representatives of the key cells ``[B, H, cells, D]`` and, for the moments, their key variances ``[B, H, cells]``."""
+    """Representatives of the key cells ``[B, H, cells, D]``; for the moments their variances ``[B, H, cells]`` too."""
     is_known = pyramid is not None and lanes > 1 and step in pyramid.factors[1:]
     if not is_known or (moments and pyramid.variance is None):
         return _represent(k, layout.key_rows, step, lanes, variance=moments)

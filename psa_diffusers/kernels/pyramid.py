@@ -170,6 +170,7 @@ def _pyramid_kernel(
     lane = first + tl.arange(0, SPANS) * SPAN
     inside = lane < num_lanes
     broken = tl.zeros([SPANS], tl.int32)
+    out = (keys_ptr, values_ptr, variance_ptr)
     for i in tl.static_range(SPAN):
         rows = tl.load(rows_ptr + lane + i, mask=inside, other=-1)
         k = load_rows(k_ptr, rows, rows >= 0, K_STRIDES[2], o_d, HEAD_DIM, D_PAD).to(tl.float32)
@@ -185,88 +186,36 @@ def _pyramid_kernel(
             else:
                 k, v, n, s = _merge(k1, v1, n1, s1, k, v, n, s, KEY_VARIANCE)
                 _keep(
-                    k,
-                    v,
-                    n,
-                    s,
-                    keys_ptr,
-                    values_ptr,
-                    variance_ptr,
-                    lane + i,
-                    inside,
-                    num_lanes,
-                    1,
-                    FACTORS,
-                    HEAD_DIM,
-                    D_PAD,
-                    KEY_VARIANCE,
-                )
+                    (k, v, n, s), out, lane + i, inside, num_lanes,
+                    1, FACTORS, HEAD_DIM, D_PAD, KEY_VARIANCE,
+                )  # fmt: skip
                 if SPAN >= 4:
                     if i % 4 == 1:
                         k2, v2, n2, s2 = k, v, n, s
                     else:
                         k, v, n, s = _merge(k2, v2, n2, s2, k, v, n, s, KEY_VARIANCE)
                         _keep(
-                            k,
-                            v,
-                            n,
-                            s,
-                            keys_ptr,
-                            values_ptr,
-                            variance_ptr,
-                            lane + i,
-                            inside,
-                            num_lanes,
-                            2,
-                            FACTORS,
-                            HEAD_DIM,
-                            D_PAD,
-                            KEY_VARIANCE,
-                        )
+                            (k, v, n, s), out, lane + i, inside, num_lanes,
+                            2, FACTORS, HEAD_DIM, D_PAD, KEY_VARIANCE,
+                        )  # fmt: skip
                         if SPAN >= 8:
                             if i % 8 == 3:
                                 k3, v3, n3, s3 = k, v, n, s
                             else:
                                 k, v, n, s = _merge(k3, v3, n3, s3, k, v, n, s, KEY_VARIANCE)
                                 _keep(
-                                    k,
-                                    v,
-                                    n,
-                                    s,
-                                    keys_ptr,
-                                    values_ptr,
-                                    variance_ptr,
-                                    lane + i,
-                                    inside,
-                                    num_lanes,
-                                    3,
-                                    FACTORS,
-                                    HEAD_DIM,
-                                    D_PAD,
-                                    KEY_VARIANCE,
-                                )
+                                    (k, v, n, s), out, lane + i, inside, num_lanes,
+                                    3, FACTORS, HEAD_DIM, D_PAD, KEY_VARIANCE,
+                                )  # fmt: skip
                                 if SPAN >= 16:
                                     if i % 16 == 7:
                                         k4, v4, n4, s4 = k, v, n, s
                                     else:
                                         k, v, n, s = _merge(k4, v4, n4, s4, k, v, n, s, KEY_VARIANCE)
                                         _keep(
-                                            k,
-                                            v,
-                                            n,
-                                            s,
-                                            keys_ptr,
-                                            values_ptr,
-                                            variance_ptr,
-                                            lane + i,
-                                            inside,
-                                            num_lanes,
-                                            4,
-                                            FACTORS,
-                                            HEAD_DIM,
-                                            D_PAD,
-                                            KEY_VARIANCE,
-                                        )
+                                            (k, v, n, s), out, lane + i, inside, num_lanes,
+                                            4, FACTORS, HEAD_DIM, D_PAD, KEY_VARIANCE,
+                                        )  # fmt: skip
 
     block = tl.program_id(0) * BLOCKS + tl.arange(0, BLOCKS)
     of_block = tl.max(tl.reshape(broken, (BLOCKS, BLOCK_N // SPAN)), 1)
@@ -278,14 +227,14 @@ def _pyramid_kernel(
             k, v, n, s = _merge_neighbours(k, v, n, s, BLOCKS * BLOCK_N >> level, D_PAD, KEY_VARIANCE)
             start = first + (tl.arange(0, BLOCKS * BLOCK_N >> level) << level)
             _keep(
-                k, v, n, s, keys_ptr, values_ptr, variance_ptr, start, start < num_lanes, num_lanes,
+                (k, v, n, s), out, start, start < num_lanes, num_lanes,
                 level, FACTORS, HEAD_DIM, D_PAD, KEY_VARIANCE,
             )  # fmt: skip
 
 
 @triton.jit
 def _merge(ka, va, na, sa, kb, vb, nb, sb, VARIANCE: tl.constexpr):
-    """Means ``[R, D]``, number of tokens and sum of squared key deviations ``[R]`` of the union of two sets of cells."""
+    """Means ``[R, D]``, number of tokens, sum of squared key deviations ``[R]`` of two sets of cells taken together."""
     n = na + nb
     share = nb / tl.maximum(n, 1.0)
     away = kb - ka
@@ -298,7 +247,7 @@ def _merge(ka, va, na, sa, kb, vb, nb, sb, VARIANCE: tl.constexpr):
 
 @triton.jit
 def _keep(
-    k, v, n, s, keys_ptr, values_ptr, variance_ptr, lane, inside, num_lanes,
+    cells, out, lane, inside, num_lanes,
     LEVEL: tl.constexpr, FACTORS: tl.constexpr, HEAD_DIM: tl.constexpr, D_PAD: tl.constexpr, VARIANCE: tl.constexpr,
 ):  # fmt: skip
     """Store the cells in which the lanes stand, if their level is a factor of the preset."""
@@ -310,10 +259,10 @@ def _keep(
         o_d = tl.arange(0, D_PAD)
         place = row[:, None] * HEAD_DIM + o_d[None, :]
         mask = inside[:, None] & (o_d < HEAD_DIM)[None, :]
-        tl.store(keys_ptr + place, k.to(keys_ptr.dtype.element_ty), mask=mask)
-        tl.store(values_ptr + place, v.to(values_ptr.dtype.element_ty), mask=mask)
+        tl.store(out[0] + place, cells[0].to(out[0].dtype.element_ty), mask=mask)
+        tl.store(out[1] + place, cells[1].to(out[1].dtype.element_ty), mask=mask)
         if VARIANCE:
-            tl.store(variance_ptr + row, s / (tl.maximum(n, 1.0) * HEAD_DIM), mask=inside)
+            tl.store(out[2] + row, cells[3] / (tl.maximum(cells[2], 1.0) * HEAD_DIM), mask=inside)
 
 
 @triton.jit
@@ -366,83 +315,28 @@ def _covariance_kernel(
         o_t = tl.arange(0, TILE)
         o_d = tl.arange(0, D_PAD)
         o_c = panel * COLUMNS + tl.arange(0, COLUMNS)
+        source = (
+            k_ptr, v_ptr, rows_ptr, keys_ptr, values_ptr, log_counts_ptr,
+            K_STRIDES[2], V_STRIDES[2], base_fine, log2_fine,
+        )  # fmt: skip
         total = tl.zeros([D_PAD, COLUMNS], tl.float32)
         for t in range(split * CELLS, stop, 2 * TILE if PAIRS else TILE):
             if PAIRS:
-                # of two cells, the product of their differences is all there is: n1 n2 / (n1 + n2) (k1 - k2)^T (v1 - v2)
+                # of two cells, n1 n2 / (n1 + n2) (k1 - k2)^T (v1 - v2) is all there is
                 cell = t + 2 * o_t
-                k1, v1, n1 = _cells(
-                    cell,
-                    stop,
-                    k_ptr,
-                    v_ptr,
-                    rows_ptr,
-                    keys_ptr,
-                    values_ptr,
-                    log_counts_ptr,
-                    K_STRIDES[2],
-                    V_STRIDES[2],
-                    base_fine,
-                    log2_fine,
-                    o_d,
-                    o_c,
-                    HEAD_DIM,
-                    D_PAD,
-                    COLUMNS,
-                    FROM_TOKENS,
-                )
-                k2, v2, n2 = _cells(
-                    cell + 1,
-                    stop,
-                    k_ptr,
-                    v_ptr,
-                    rows_ptr,
-                    keys_ptr,
-                    values_ptr,
-                    log_counts_ptr,
-                    K_STRIDES[2],
-                    V_STRIDES[2],
-                    base_fine,
-                    log2_fine,
-                    o_d,
-                    o_c,
-                    HEAD_DIM,
-                    D_PAD,
-                    COLUMNS,
-                    FROM_TOKENS,
-                )
+                k1, v1, n1 = _cells(cell, stop, source, o_d, o_c, HEAD_DIM, D_PAD, COLUMNS, FROM_TOKENS)
+                k2, v2, n2 = _cells(cell + 1, stop, source, o_d, o_c, HEAD_DIM, D_PAD, COLUMNS, FROM_TOKENS)
                 weight = n1 * n2 / tl.maximum(n1 + n2, 1e-6)
                 away_k = k1.to(tl.float32) - k2.to(tl.float32)
                 away_v = v1.to(tl.float32) - v2.to(tl.float32)
             else:
                 cell = t + o_t
                 coarse = base_coarse + (cell >> (log2_coarse - log2_fine))
-                k1, v1, weight = _cells(
-                    cell,
-                    stop,
-                    k_ptr,
-                    v_ptr,
-                    rows_ptr,
-                    keys_ptr,
-                    values_ptr,
-                    log_counts_ptr,
-                    K_STRIDES[2],
-                    V_STRIDES[2],
-                    base_fine,
-                    log2_fine,
-                    o_d,
-                    o_c,
-                    HEAD_DIM,
-                    D_PAD,
-                    COLUMNS,
-                    FROM_TOKENS,
-                )
-                away_k = k1.to(tl.float32) - load_rows(
-                    keys_ptr, coarse, cell < stop, HEAD_DIM, o_d, HEAD_DIM, D_PAD
-                ).to(tl.float32)
-                away_v = v1.to(tl.float32) - load_rows(
-                    values_ptr, coarse, cell < stop, HEAD_DIM, o_c, HEAD_DIM, COLUMNS
-                ).to(tl.float32)
+                k1, v1, weight = _cells(cell, stop, source, o_d, o_c, HEAD_DIM, D_PAD, COLUMNS, FROM_TOKENS)
+                mean_k = load_rows(keys_ptr, coarse, cell < stop, HEAD_DIM, o_d, HEAD_DIM, D_PAD)
+                mean_v = load_rows(values_ptr, coarse, cell < stop, HEAD_DIM, o_c, HEAD_DIM, COLUMNS)
+                away_k = k1.to(tl.float32) - mean_k.to(tl.float32)
+                away_v = v1.to(tl.float32) - mean_v.to(tl.float32)
             # the weight goes to the values: what is transposed is cheaper to make where it is loaded
             away_v = tl.where(weight[:, None] > 0, away_v * weight[:, None], 0.0).to(k1.dtype)
             total = tl.dot(tl.trans(away_k.to(k1.dtype)), away_v, total, input_precision="ieee")
@@ -461,10 +355,10 @@ def _covariance_kernel(
 
 @triton.jit
 def _cells(
-    cell, stop, k_ptr, v_ptr, rows_ptr, keys_ptr, values_ptr, log_counts_ptr, k_stride, v_stride,
-    base, log2_factor, o_d, o_c, D: tl.constexpr, D_PAD: tl.constexpr, COLUMNS: tl.constexpr, FROM_TOKENS: tl.constexpr,
-):  # fmt: skip
+    cell, stop, source, o_d, o_c, D: tl.constexpr, D_PAD: tl.constexpr, COLUMNS: tl.constexpr, FROM_TOKENS: tl.constexpr
+):
     """Keys, some channels of the values, and weights of cells: tokens, or cells of a pooled factor."""
+    k_ptr, v_ptr, rows_ptr, keys_ptr, values_ptr, log_counts_ptr, k_stride, v_stride, base, log2_factor = source
     if FROM_TOKENS:
         row = tl.load(rows_ptr + cell, mask=cell < stop, other=-1)
         b_k = load_rows(k_ptr, row, row >= 0, k_stride, o_d, D, D_PAD)
