@@ -8,6 +8,7 @@ next rows begin while the last ones end. docs/kernel.md says what each of these 
 import math
 
 import torch
+import triton
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -29,6 +30,8 @@ HEAD_DIMS = (64, 128)
 MOST_FACTORS = 8
 LEAST_SCALE = 1e-3
 
+# from ptxas 13 on, products side by side must fit the registers that a thread starts with
+_ASSEMBLER_COUNTS = tuple(int(part) for part in triton.__version__.split(".")[:2]) >= (3, 7)
 # renamed between Triton 3.6 and 3.9
 _async_load = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared
 
@@ -68,7 +71,8 @@ def attend(
     covariance, sizes = _halve(pyramid.covariance, q.dtype) if value_tilt else (q, pyramid.log_counts)
     # one group that computes: half of the room and of the registers, so that two programs share a multiprocessor
     alone = layout.block_m == 64
-    tile = 64 if alone and dim == 128 else 128
+    tile = 64 if alone and (dim == 128 or _ASSEMBLER_COUNTS) else 128
+    keys_in_flight = 2**14 if alone else 2**15  # numbers; as many values
     with on_device(q):
         programs = (1 + alone) * torch.cuda.get_device_properties(q.device).multi_processor_count
         work = layout.num_query_blocks * batch * heads
@@ -83,11 +87,12 @@ def attend(
             _pack_cells(schedule.factors, layout.block_n), _pack_bases(schedule.factors, layout.block_n),
             (layout.num_key_blocks - layout.video_key_blocks + 1) * layout.block_n,
             scale, scale * log2e, 1 / scale, 0.5 * scale**2, variance_cap,
-            D=dim, BLOCK_M=layout.block_m, BLOCK_N=layout.block_n, TILE=tile, STAGES=2 if alone else 256 // dim,
+            D=dim, BLOCK_M=layout.block_m, BLOCK_N=layout.block_n, TILE=tile, STAGES=keys_in_flight // (tile * dim),
             F=num_factors,
             KEY_VARIANCE=key_variance, VALUE_TILT=value_tilt, SIZED=q.dtype == torch.float16,
             WIDE=max(q.shape[2] * x.stride(2) for x in (q, k, v)) >= 2**31,
-            COMPUTE_REGISTERS=216, FETCH_REGISTERS=80, num_warps=4, maxnreg=128 if alone else None,
+            APART=dim == 128 and _ASSEMBLER_COUNTS, COMPUTE_REGISTERS=216, FETCH_REGISTERS=80,
+            num_warps=4, maxnreg=128 if alone else None, enable_fp_fusion=True,
         )  # fmt: skip
     return out
 
@@ -443,7 +448,8 @@ def _scores(q_mine, ones, keys, biases, BIAS: gl.constexpr, TILE: gl.constexpr):
 def _step(
     part, n, n_v, q_mine, ones, k_smem, v_smem, bias_smem, turn, k_full, k_empty, v_full, v_empty,
     b_o, b_p, b_max, b_sum, b_last, b_mass, qk_scale,
-    POOLED: gl.constexpr, TURNS: gl.constexpr, D: gl.constexpr, TILE: gl.constexpr, STAGES: gl.constexpr,
+    POOLED: gl.constexpr, APART: gl.constexpr, TURNS: gl.constexpr,
+    D: gl.constexpr, TILE: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """Scores of tile n, while the values of the tile before are added.
 
@@ -452,7 +458,8 @@ def _step(
 
     Tokens are all of one factor: their weights are added up as they are made, `b_last` those of the last tile, `b_sum`
     those of the tiles before. Pooled tiles may hold several factors: which key belongs to which is a matrix of ones
-    next to the biases, so that the masses of the factors are a product like the values.
+    next to the biases, so that the masses of the factors are a product like the values. It runs beside that of the
+    values, one tile late, or with APART by itself, where the assembler finds too few registers for both.
     """
     OUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
     FEW: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 8, 16])
@@ -468,11 +475,12 @@ def _step(
     fence_async_shared()
     b_w = _unpack(b_p, q_mine.dtype, gl.DotOperandLayout(0, OUT, 2))
     b_o = warpgroup_mma(b_w, v_smem.index(v_stage), b_o, is_async=True)
-    if POOLED:
+    BESIDE: gl.constexpr = POOLED and not APART
+    if BESIDE:
         b_mass = warpgroup_mma(b_w, bias_smem.index((n - 1) % (STAGES + 2)), b_mass, is_async=True)
     if TURNS:
         mbarrier.arrive(turn.index(1 - part), count=1)
-    b_s = warpgroup_mma_wait(2 if POOLED else 1, deps=(b_s,))
+    b_s = warpgroup_mma_wait(2 if BESIDE else 1, deps=(b_s,))
     # early where a third tile of keys waits for this one's place
     if STAGES == 2:
         mbarrier.arrive(k_empty.index(stage), count=1)
@@ -480,10 +488,14 @@ def _step(
     few = gl.convert_layout(decay, gl.SliceLayout(1, FEW))[:, None]
     if POOLED:
         b_sum = b_sum * few
+        b_last = b_last * few
     else:
         b_sum = (b_sum + b_last) * few
         b_last = gl.convert_layout(_fold(b_s, True), FEW)
-    b_o, b_mass, b_w = warpgroup_mma_wait(0, deps=(b_o, b_mass, b_w))
+    if BESIDE:
+        b_o, b_mass, b_w = warpgroup_mma_wait(0, deps=(b_o, b_mass, b_w))
+    else:
+        b_o, b_w = warpgroup_mma_wait(0, deps=(b_o, b_w))
     # not before: the assembler serialises products whose operands are made while others run
     b_next = _pack(b_s, q_mine.dtype)
     mbarrier.arrive(v_empty.index(v_stage), count=1)
@@ -492,6 +504,10 @@ def _step(
     b_o = b_o * gl.convert_layout(decay, gl.SliceLayout(1, OUT))[:, None]
     if POOLED:
         b_mass = b_mass * gl.convert_layout(decay, gl.SliceLayout(1, MASSES))[:, None]
+        if APART:
+            b_w = _unpack(b_next, q_mine.dtype, gl.DotOperandLayout(0, MASSES, 2))
+            b_mass = warpgroup_mma(b_w, bias_smem.index(n % (STAGES + 2)), b_mass, is_async=True)
+            b_mass = warpgroup_mma_wait(0, deps=(b_mass,))
     return b_o, b_next, new_max, b_sum, b_last, b_mass
 
 
@@ -500,7 +516,7 @@ def _compute(
     part, o_ptr, sizes_ptr, query_rows_ptr, o_b, o_h, o_step, H, M, packed_cells, ragged, scale, qk_scale,
     q_smem, ones, k_smem, v_smem, bias_smem, work_smem, turn, q_full, q_empty, k_full, k_empty, v_full, v_empty,
     D: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, TILE: gl.constexpr, STAGES: gl.constexpr,
-    F: gl.constexpr, VALUE_TILT: gl.constexpr, SIZED: gl.constexpr,
+    F: gl.constexpr, VALUE_TILT: gl.constexpr, SIZED: gl.constexpr, APART: gl.constexpr,
 ):  # fmt: skip
     """A group of warps that computes: 64 queries of a block against all that is fetched."""
     LANES: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
@@ -552,12 +568,12 @@ def _compute(
         for t in range(1, clean):
             b_o, b_p, b_max, b_sum, b_last, b_mass = _step(
                 part, n_k + t, n_v + t, q_mine, ones, k_smem, v_smem, bias_smem, turn, k_full, k_empty, v_full, v_empty,
-                b_o, b_p, b_max, b_sum, b_last, b_mass, qk_scale, False, TURNS, D, TILE, STAGES,
+                b_o, b_p, b_max, b_sum, b_last, b_mass, qk_scale, False, APART, TURNS, D, TILE, STAGES,
             )  # fmt: skip
         for t in range(gl.maximum(clean, 1), tiles):
             b_o, b_p, b_max, b_sum, b_last, b_mass = _step(
                 part, n_k + t, n_v + t, q_mine, ones, k_smem, v_smem, bias_smem, turn, k_full, k_empty, v_full, v_empty,
-                b_o, b_p, b_max, b_sum, b_last, b_mass, qk_scale, True, TURNS, D, TILE, STAGES,
+                b_o, b_p, b_max, b_sum, b_last, b_mass, qk_scale, True, APART, TURNS, D, TILE, STAGES,
             )  # fmt: skip
         n_k += tiles
         n_v += tiles
@@ -566,10 +582,13 @@ def _compute(
         fence_async_shared()
         b_w = _unpack(b_p, dtype, gl.DotOperandLayout(0, OUT, 2))
         b_o = warpgroup_mma(b_w, v_smem.index(stage), b_o, is_async=True)
-        b_mass = warpgroup_mma(b_w, bias_smem.index((n_k - 1) % (STAGES + 2)), b_mass, is_async=True)
+        if not APART:
+            b_mass = warpgroup_mma(b_w, bias_smem.index((n_k - 1) % (STAGES + 2)), b_mass, is_async=True)
         b_o, b_mass, b_w = warpgroup_mma_wait(0, deps=(b_o, b_mass, b_w))
         mbarrier.arrive(v_empty.index(stage), count=1)
         # a row that keeps nothing is 0; 0 / 0 of a row whose weights all vanish stays NaN, as in dense attention
+        if APART:
+            b_sum += b_last
         sum_tokens = gl.convert_layout(gl.sum(b_sum, 1), gl.SliceLayout(1, MASSES))
         sum_mass = sum_tokens + gl.sum(gl.where(o_c[None, :] >= 8, b_mass, 0.0), 1)
         sum_mass = gl.where(kept > 0, sum_mass, 1.0)
@@ -623,7 +642,7 @@ def _attend_kernel(
     scale, qk_scale, inverse_scale, norm_scale, bias_cap,  # softmax scale s, s log2(e), 1/s, s^2/2, cap of the bias
     D: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, TILE: gl.constexpr, STAGES: gl.constexpr,
     F: gl.constexpr, KEY_VARIANCE: gl.constexpr, VALUE_TILT: gl.constexpr, SIZED: gl.constexpr, WIDE: gl.constexpr,
-    COMPUTE_REGISTERS: gl.constexpr, FETCH_REGISTERS: gl.constexpr,
+    APART: gl.constexpr, COMPUTE_REGISTERS: gl.constexpr, FETCH_REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """Grid: one program a multiprocessor. Each takes query blocks from a counter until there are none."""
     dtype: gl.constexpr = q_ptr.dtype.element_ty
@@ -666,13 +685,13 @@ def _attend_kernel(
                     0, o_ptr, sizes_ptr, query_rows_ptr, o_b, o_h, o_step, H, M, packed_cells, ragged, scale, qk_scale,
                     q_smem, ones, k_smem, v_smem, bias_smem, work_smem, turn,
                     q_full, q_empty, k_full, k_empty, v_full, v_empty,
-                    D, BLOCK_M, BLOCK_N, TILE, STAGES, F, VALUE_TILT, SIZED,
+                    D, BLOCK_M, BLOCK_N, TILE, STAGES, F, VALUE_TILT, SIZED, APART,
                 )),
                 (_compute, (
                     1, o_ptr, sizes_ptr, query_rows_ptr, o_b, o_h, o_step, H, M, packed_cells, ragged, scale, qk_scale,
                     q_smem, ones, k_smem, v_smem, bias_smem, work_smem, turn,
                     q_full, q_empty, k_full, k_empty, v_full, v_empty,
-                    D, BLOCK_M, BLOCK_N, TILE, STAGES, F, VALUE_TILT, SIZED,
+                    D, BLOCK_M, BLOCK_N, TILE, STAGES, F, VALUE_TILT, SIZED, APART,
                 )),
                 (_fetch, (
                     q_ptr, k_ptr, v_ptr, keys_ptr, values_ptr, log_counts_ptr, variance_ptr, covariance_ptr,
@@ -694,7 +713,7 @@ def _attend_kernel(
                     0, o_ptr, sizes_ptr, query_rows_ptr, o_b, o_h, o_step, H, M, packed_cells, ragged, scale, qk_scale,
                     q_smem, ones, k_smem, v_smem, bias_smem, work_smem, turn,
                     q_full, q_empty, k_full, k_empty, v_full, v_empty,
-                    D, BLOCK_M, BLOCK_N, TILE, STAGES, F, VALUE_TILT, SIZED,
+                    D, BLOCK_M, BLOCK_N, TILE, STAGES, F, VALUE_TILT, SIZED, APART,
                 )),
                 (_fetch, (
                     q_ptr, k_ptr, v_ptr, keys_ptr, values_ptr, log_counts_ptr, variance_ptr, covariance_ptr,

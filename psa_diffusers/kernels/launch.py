@@ -23,7 +23,7 @@ def on_device(x: Tensor) -> AbstractContextManager:
 
 @contextmanager
 def aside(x: Tensor) -> Iterator[list[torch.cuda.Event]]:
-    """Let what is launched run beside what the caller launches next. Yields a list: then it holds the event to wait for.
+    """Let what is launched run beside what comes next. Yields a list that will hold the event to wait for.
 
     Who uses a result on another stream waits for the event and calls `record_stream`. On a CPU nothing is different.
     """

@@ -2,6 +2,7 @@
 
 import re
 import subprocess
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.experimental.gluon._runtime import GluonASTSource
 from triton.runtime.jit import JITFunction
 
 POINTER = {
@@ -20,7 +22,7 @@ POINTER = {
     torch.int8: "*i8",
     torch.bool: "*i1",
 }
-OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion")
+OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion", "maxnreg")
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,7 @@ class Launch:
         return self.kernel.__name__.strip("_")
 
     def compile(self, target: GPUTarget):
-        source = ASTSource(
+        source = (GluonASTSource if self.kernel.is_gluon() else ASTSource)(
             self.kernel,
             dict(self.signature),
             dict(self.constants),
@@ -90,6 +92,27 @@ def _type(value, path, specialize, constants, aligned):
     if specialize and value % 16 == 0:
         aligned.append(path)
     return "i32" if -(2**31) <= value < 2**31 else "i64"
+
+
+def product_loops(compiled, tmp_path: Path) -> list[Counter]:
+    """How often each instruction stands in each innermost loop with a Hopper matrix product, from the machine code."""
+    cubin = tmp_path / "kernel.cubin"
+    cubin.write_bytes(compiled.asm["cubin"])
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "nvdisasm"
+    code = subprocess.run([tool, cubin], capture_output=True, text=True, check=True).stdout
+    names, places = [], {}
+    loops = []
+    for line in code.splitlines():
+        if label := re.match(r"(\.L_\S+):", line):
+            places[label[1]] = len(names)
+        elif found := re.match(r"\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?\S+\s+)?([A-Z0-9]+)(.*);", line):
+            names.append(found[1])
+            back = re.search(r"`\((\.L_\S+)\)", found[2]) if found[1] == "BRA" else None
+            if back and back[1] in places:
+                loops.append((places[back[1]], len(names)))
+    inner = [a for a in loops if not any(a != b and a[0] <= b[0] and b[1] <= a[1] for b in loops)]
+    counts = [Counter(names[start:end]) for start, end in inner]
+    return [count for count in counts if count["HGMMA"]]
 
 
 def resources(compiled, tmp_path: Path) -> dict[str, int]:

@@ -1,10 +1,11 @@
 """Every launch that a sparse attention makes, compiled ahead of time for chips that are not there."""
 
 import os
+from types import SimpleNamespace
 
 import pytest
 import torch
-from ahead import record_launches, resources
+from ahead import product_loops, record_launches, resources
 from triton.backends.compiler import GPUTarget
 
 from psa_diffusers import PSAPreset
@@ -71,3 +72,38 @@ def test_every_kernel_compiles_for_amd(head_dim, monkeypatch):
     for launch in all_launches(monkeypatch, head_dim, "mfma"):
         compiled = launch.compile(GPUTarget("hip", "gfx942", 64))
         assert compiled.metadata.shared <= 64 * 1024, f"{launch.name}: {compiled.metadata.shared} bytes shared"
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
+@pytest.mark.parametrize("block_m", [64, 128])
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_the_kernel_for_hopper_compiles_fits_and_keeps_its_products_in_flight(
+    head_dim, block_m, dtype, monkeypatch, tmp_path
+):
+    from psa_diffusers import kernels
+    from psa_diffusers.kernels import attend_hopper
+
+    chip = SimpleNamespace(multi_processor_count=132)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: chip)
+    q, k, v = (torch.zeros(1, 226 + 13 * 30 * 45, 2, head_dim, dtype=dtype).transpose(1, 2) for _ in range(3))
+    preset = PSAPreset(mask_ratios=COVER)
+    layout = make_layout((13, 30, 45), 226, True, block_m, 128, "gilbert", (2, 8, 8), q.device)
+
+    def run():
+        pyramid = kernels.build_pyramid(k, v, layout, preset.factors, key_variance=True, value_tilt=True)
+        shape = (1, 2, layout.num_query_blocks, layout.num_key_blocks)
+        schedule = kernels.make_schedule(torch.ones(shape, dtype=torch.int16), preset.factors, 128)
+        assert attend_hopper.takes(q, k, v, layout, schedule, 0.1)
+        attend_hopper.attend(q, k, v, pyramid, schedule, layout, scale=0.1, variance_cap=4.0)
+
+    launch = next(launch for launch in record_launches(monkeypatch, run) if launch.kernel.is_gluon())
+    compiled = launch.compile(GPUTarget("cuda", 90, 32))
+    programs = 2 if block_m == 64 else 1  # on a multiprocessor, each with 1 KiB that the chip keeps
+    assert programs * (compiled.metadata.shared + 1024) <= 228 * 1024, f"{compiled.metadata.shared} bytes shared"
+    loops = product_loops(compiled, tmp_path)
+    assert len(loops) >= 2
+    for loop in loops:
+        # one WARPGROUP instruction a product: the assembler waits for each before it starts the next
+        assert loop["WARPGROUP"] < loop["HGMMA"], f"products are serialised: {loop}"
+        # newer assemblers keep a few numbers of 500 instructions in memory at head dimension 128
+        assert loop["LDL"] + loop["STL"] <= 20, f"registers are spilled in a loop: {loop}"
