@@ -4,10 +4,12 @@ A family gets it by a row in tests/tiny.py.
 """
 
 import hashlib
-import importlib
+import importlib.util
 import inspect
 import re
 from collections import Counter
+from pathlib import Path
+from types import SimpleNamespace
 
 import diffusers
 import pytest
@@ -17,7 +19,7 @@ from tiny import ALL_CASES, MISSING, TINY_PRESET
 from watch import Watch, expected_steps, find_class, mirrored
 
 from psa_diffusers.models.processor import PSAProcessor
-from psa_diffusers.models.registry import families
+from psa_diffusers.models.registry import CANNOT_GAIN, families
 from psa_diffusers.pipeline import disable_psa, enable_psa
 from psa_diffusers.preset import load_preset, load_section
 from psa_diffusers.report import psa_report
@@ -27,6 +29,9 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:In CPU autocast"),
     pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy keyword:DeprecationWarning"),
 ]
+ROOT = Path(__file__).parents[1]
+IS_NEWEST = diffusers.__version__.startswith("0.42.")
+"""Whether this is the newest diffusers that pyproject.toml allows; older ones have fewer families."""
 each_case = pytest.mark.parametrize("name", ALL_CASES)
 
 
@@ -341,6 +346,34 @@ def test_this_diffusers_has_every_pipeline():
     if MISSING:
         names = ", ".join(sorted({case.pipeline for case in MISSING.values()}))
         pytest.skip(f"diffusers {diffusers.__version__} has no {names}")
+
+
+def test_the_page_is_what_the_registry_says():
+    spec = importlib.util.spec_from_file_location("write_families", ROOT / "scripts" / "write_families.py")
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    assert script.PAGE.read_text(encoding="utf-8") == script.page(), "run python scripts/write_families.py"
+
+
+@pytest.mark.parametrize("family", families(), ids=lambda family: family.name)
+def test_denoisers_and_pipelines_of_a_family_exist(family):
+    missing = [name for name in (*family.denoisers, *family.pipelines) if not hasattr(diffusers, name)]
+    if missing and not IS_NEWEST:
+        pytest.skip(f"diffusers {diffusers.__version__} has no {', '.join(missing)}")
+    assert not missing
+
+
+def test_denoisers_that_cannot_gain_are_refused_with_the_reason():
+    latte = diffusers.LatteTransformer3DModel(
+        num_attention_heads=2, attention_head_dim=8, in_channels=4, num_layers=1, sample_size=8, patch_size=2,
+        cross_attention_dim=16, caption_channels=16,
+    )  # fmt: skip
+    pipe = SimpleNamespace(components={"transformer": latte})
+    with pytest.raises(TypeError, match="cannot make LatteTransformer3DModel faster: its attention is split"):
+        enable_psa(pipe)
+    if IS_NEWEST:
+        assert not [name for name in CANNOT_GAIN if not hasattr(diffusers, name)]
+    assert not [name for name in CANNOT_GAIN if name in {each for family in families() for each in family.denoisers}]
 
 
 @pytest.mark.parametrize("family", families(), ids=lambda family: family.name)
