@@ -224,6 +224,7 @@ def test_chronoedit_follows_the_grid_when_it_stops_reasoning():
     ],
 )
 def test_every_segment_of_a_long_video_warms_up(name, segments, watch):
+    needs(name, "diffusers")
     case, pipe = ALL_CASES[name], enable(ALL_CASES[name].build(), warmup_steps=1)
     watch.denoisers(pipe, case.attentions)
     case.run(pipe, steps=3, **segments)
@@ -269,6 +270,26 @@ def test_padding_before_the_text_is_dense_and_says_so():
     inputs = captured_inputs(pipe, "mochi", steps=2)[0]
     forward(pipe, {**inputs, "encoder_attention_mask": inputs["encoder_attention_mask"].flip(1)})
     assert psa_report(pipe).records[-1]["reason"] == "the padding of the text is not at its end"
+
+
+def test_texts_of_any_length_share_a_graph_of_a_compiled_denoiser():
+    torch._dynamo.reset()
+    pipe = enable(ALL_CASES["hunyuan-video"].build())
+    prompts = ("a cat", "a brown dog", "a fox in the snow")
+    inputs = [captured_inputs(pipe, "hunyuan-video", steps=1, prompt=prompt)[0] for prompt in prompts]
+    eager = [forward(pipe, arguments) for arguments in inputs]
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    pipe.transformer.compile(fullgraph=True, backend=backend)
+    assert torch.equal(forward(pipe, inputs[0]), eager[0])
+    compiled = len(graphs)
+    assert all(torch.equal(forward(pipe, each), video) for each, video in zip(inputs, eager, strict=True))
+    assert len(graphs) == compiled
+    torch._dynamo.reset()
 
 
 def test_hunyuan_video_15_makes_no_mask(monkeypatch):

@@ -814,6 +814,39 @@ def _face(height: int, width: int, frames: int) -> dict[str, Any]:
     return {**_picture(height, width, frames), "id_vit_hidden": [torch.ones(1, 2, 8)], "id_cond": torch.ones(1, 8)}
 
 
+# Helios
+
+
+def helios(**transformer: Any) -> Any:
+    return _quiet(
+        diffusers.HeliosPipeline(
+            tokenizer=tokenizer(),
+            text_encoder=text_encoder(UMT5Config, UMT5EncoderModel),
+            vae=wan_vae(),
+            scheduler=diffusers.HeliosScheduler(stage_range=[0, 1], stages=1, use_flow_sigmas=True),
+            transformer=seeded(
+                diffusers.HeliosTransformer3DModel,
+                **{
+                    "num_attention_heads": 2,
+                    "attention_head_dim": 16,
+                    "text_dim": 32,
+                    "freq_dim": 32,
+                    "ffn_dim": 32,
+                    "num_layers": 2,
+                    "rope_dim": (4, 6, 6),
+                    "is_amplify_history": True,
+                    **transformer,
+                },
+            ),
+        )
+    )
+
+
+def _helios_chunk(height: int, width: int, frames: int) -> dict[str, Any]:
+    """A video of one chunk."""
+    return {"num_latent_frames_per_chunk": (frames + 3) // 4}
+
+
 # what there is
 
 
@@ -1137,6 +1170,17 @@ _MORE = {
         context=_framepack_history,
         extra=_framepack_window,
         translate=lambda asked: {**hunyuan_video_embeds(asked), "output_type": "pt"},
+        several=False,
+    ),
+    "helios": Case(
+        family="Helios",
+        pipeline="HeliosPipeline",
+        build=helios,
+        attentions=r"blocks\.\d+\.attn1",
+        passes=2,
+        context=_framepack_history,
+        extra=_helios_chunk,
+        translate=lambda asked: {"output_type": "pt"},
         several=False,
     ),
     "motif-video": Case(
