@@ -2,6 +2,8 @@
 #   make demo                    generate a video with PSA on, on any machine
 #   make test                    run the tests
 #   make test PYTHON=python3.12  with another Python (3.11 or newer)
+#   make test-oldest             run the tests with the oldest diffusers that pyproject.toml allows
+#   make test-oldest DIFFUSERS=0.38.0   with any other
 
 PYTHON ?= python3
 WORKERS ?= 2
@@ -12,7 +14,11 @@ STAMP := $(VENV)/.installed
 # one thread a worker: the tests are small, and more threads than cores only get in each other's way
 PYTEST := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(WORKERS)
 
-.PHONY: install demo test bench lint clean
+# a folder in front of what is installed: another diffusers needs no second torch
+DIFFUSERS ?= $(shell sed -n 's/.*"diffusers>=\([0-9.]*\),.*/\1/p' pyproject.toml)
+OTHER := $(VENV)/diffusers-$(DIFFUSERS)
+
+.PHONY: install demo test test-oldest bench lint clean
 
 install: $(STAMP)
 
@@ -29,6 +35,13 @@ demo: install
 test: install
 	$(if $(wildcard tests/kernels),TRITON_INTERPRET=1 $(PYTEST) -m interpreter tests/kernels)
 	$(PYTEST) -m "not interpreter"
+
+# from 0.36 to 0.40 diffusers wants the old httpx, which the hub no longer brings along
+test-oldest: install
+	test -d $(OTHER) || $(BIN)/python -m pip install --quiet -c constraints.txt --target $(OTHER).part 'httpx<1'
+	test -d $(OTHER) || $(BIN)/python -m pip install --quiet --target $(OTHER).part --no-deps diffusers==$(DIFFUSERS)
+	test -d $(OTHER) || mv $(OTHER).part $(OTHER)
+	PYTHONPATH=$(CURDIR)/$(OTHER) $(PYTEST) -m "not interpreter"
 
 bench: install
 	$(BIN)/python scripts/benchmark.py

@@ -11,7 +11,8 @@ docs/concept.md says what is computed.
 from psa_diffusers.attention import assign_levels, psa_attention, pyramid_attention
 from psa_diffusers.calibration import calibrate
 from psa_diffusers.lora import load_psa_lora, unload_psa_lora
-from psa_diffusers.models.processor import PSAProcessor
+from psa_diffusers.models.processor import FamilyProcessor, PSAProcessor
+from psa_diffusers.models.registry import Family, SectionRule, register_family
 from psa_diffusers.pipeline import disable_psa, enable_psa
 from psa_diffusers.preset import PSAPreset, list_presets, load_preset
 from psa_diffusers.recording import record_qkv
@@ -19,8 +20,11 @@ from psa_diffusers.report import psa_report
 from psa_diffusers.warmup import WarmupScheduler
 
 __all__ = [
+    "Family",
+    "FamilyProcessor",
     "PSAPreset",
     "PSAProcessor",
+    "SectionRule",
     "WarmupScheduler",
     "assign_levels",
     "calibrate",
@@ -33,5 +37,6 @@ __all__ = [
     "psa_report",
     "pyramid_attention",
     "record_qkv",
+    "register_family",
     "unload_psa_lora",
 ]

@@ -4,10 +4,12 @@ A family gets it by a row in tests/tiny.py.
 """
 
 import hashlib
-import importlib
+import importlib.util
 import inspect
 import re
 from collections import Counter
+from pathlib import Path
+from types import SimpleNamespace
 
 import diffusers
 import pytest
@@ -17,7 +19,7 @@ from tiny import ALL_CASES, MISSING, TINY_PRESET
 from watch import Watch, expected_steps, find_class, mirrored
 
 from psa_diffusers.models.processor import PSAProcessor
-from psa_diffusers.models.registry import families
+from psa_diffusers.models.registry import CANNOT_GAIN, families
 from psa_diffusers.pipeline import disable_psa, enable_psa
 from psa_diffusers.preset import load_preset, load_section
 from psa_diffusers.report import psa_report
@@ -27,6 +29,9 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:In CPU autocast"),
     pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy keyword:DeprecationWarning"),
 ]
+ROOT = Path(__file__).parents[1]
+IS_NEWEST = diffusers.__version__.startswith("0.42.")
+"""Whether this is the newest diffusers that pyproject.toml allows; older ones have fewer families."""
 each_case = pytest.mark.parametrize("name", ALL_CASES)
 
 
@@ -219,6 +224,7 @@ def test_chronoedit_follows_the_grid_when_it_stops_reasoning():
     ],
 )
 def test_every_segment_of_a_long_video_warms_up(name, segments, watch):
+    needs(name, "diffusers")
     case, pipe = ALL_CASES[name], enable(ALL_CASES[name].build(), warmup_steps=1)
     watch.denoisers(pipe, case.attentions)
     case.run(pipe, steps=3, **segments)
@@ -264,6 +270,35 @@ def test_padding_before_the_text_is_dense_and_says_so():
     inputs = captured_inputs(pipe, "mochi", steps=2)[0]
     forward(pipe, {**inputs, "encoder_attention_mask": inputs["encoder_attention_mask"].flip(1)})
     assert psa_report(pipe).records[-1]["reason"] == "the padding of the text is not at its end"
+
+
+def test_a_batch_that_was_changed_on_the_way_is_dense_and_says_so():
+    pipe = enable(ALL_CASES["hunyuan-video"].build())
+    inputs = captured_inputs(pipe, "hunyuan-video", steps=1)[0]
+    forward(pipe, inputs)  # of one sample
+    attention = pipe.transformer.transformer_blocks[0].attn
+    reason = attention.processor.why_dense(attention, torch.ones(2, 3 * 6 * 7, 32), None)
+    assert reason == "something between the denoiser and its layers has changed the batch"
+
+
+def test_texts_of_any_length_share_a_graph_of_a_compiled_denoiser():
+    torch._dynamo.reset()
+    pipe = enable(ALL_CASES["hunyuan-video"].build())
+    prompts = ("a cat", "a brown dog", "a fox in the snow")
+    inputs = [captured_inputs(pipe, "hunyuan-video", steps=1, prompt=prompt)[0] for prompt in prompts]
+    eager = [forward(pipe, arguments) for arguments in inputs]
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    pipe.transformer.compile(fullgraph=True, backend=backend)
+    assert torch.equal(forward(pipe, inputs[0]), eager[0])
+    compiled = len(graphs)
+    assert all(torch.equal(forward(pipe, each), video) for each, video in zip(inputs, eager, strict=True))
+    assert len(graphs) == compiled
+    torch._dynamo.reset()
 
 
 def test_hunyuan_video_15_makes_no_mask(monkeypatch):
@@ -313,6 +348,8 @@ def test_ltx2_leaves_perturbed_layers_to_upstream():
 def test_ltx2_with_a_mask_between_tokens_is_dense_and_says_so():
     needs("ltx2", "diffusers")
     pipe = enable(ALL_CASES["ltx2"].build(), report=True)
+    if "video_self_attention_mask" not in inspect.signature(type(pipe.transformer).forward).parameters:
+        pytest.skip(f"LTX-2 of diffusers {diffusers.__version__} takes no such mask")
     inputs = captured_inputs(pipe, "ltx2", steps=1)[0]
     tokens = inputs["hidden_states"].shape[1]
     forward(pipe, {**inputs, "video_self_attention_mask": torch.ones(2, tokens, tokens)})
@@ -340,7 +377,35 @@ def test_every_family_has_a_tiny_pipeline():
 def test_this_diffusers_has_every_pipeline():
     if MISSING:
         names = ", ".join(sorted({case.pipeline for case in MISSING.values()}))
-        pytest.skip(f"diffusers {diffusers.__version__} has no {names}")
+        pytest.skip(f"diffusers {diffusers.__version__} has no {names}, or in another form")
+
+
+def test_the_page_is_what_the_registry_says():
+    spec = importlib.util.spec_from_file_location("write_families", ROOT / "scripts" / "write_families.py")
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    assert script.PAGE.read_text(encoding="utf-8") == script.page(), "run python scripts/write_families.py"
+
+
+@pytest.mark.parametrize("family", families(), ids=lambda family: family.name)
+def test_denoisers_and_pipelines_of_a_family_exist(family):
+    missing = [name for name in (*family.denoisers, *family.pipelines) if not hasattr(diffusers, name)]
+    if missing and not IS_NEWEST:
+        pytest.skip(f"diffusers {diffusers.__version__} has no {', '.join(missing)}")
+    assert not missing
+
+
+def test_denoisers_that_cannot_gain_are_refused_with_the_reason():
+    latte = diffusers.LatteTransformer3DModel(
+        num_attention_heads=2, attention_head_dim=8, in_channels=4, num_layers=1, sample_size=8, patch_size=2,
+        cross_attention_dim=16, caption_channels=16,
+    )  # fmt: skip
+    pipe = SimpleNamespace(components={"transformer": latte})
+    with pytest.raises(TypeError, match="cannot make LatteTransformer3DModel faster: its attention is split"):
+        enable_psa(pipe)
+    if IS_NEWEST:
+        assert not [name for name in CANNOT_GAIN if not hasattr(diffusers, name)]
+    assert not [name for name in CANNOT_GAIN if name in {each for family in families() for each in family.denoisers}]
 
 
 @pytest.mark.parametrize("family", families(), ids=lambda family: family.name)

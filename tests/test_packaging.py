@@ -70,7 +70,7 @@ def test_installed_wheel_works_from_anywhere(installed, tmp_path):
     printed, _ = run_python(code, cwd=tmp_path, path=installed)
     where, values = printed.splitlines()
     assert Path(where).is_relative_to(installed)
-    assert values.startswith("((1, 0.05), (2, 0.15), (4, 0.25), (8, 0.5), (0, 1.0)) ['CogVideo1.5_5b'")
+    assert values.startswith("((1, 0.05), (2, 0.15), (4, 0.25), (8, 0.5), (0, 1.0)) ['Allegro', ")
     assert values.endswith("demo")
 
 

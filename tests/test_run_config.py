@@ -25,6 +25,9 @@ SECTIONS = {
     "wan21_14b": "Wan2.1_14b",
     "wan22_5b": "Wan2.2_5B",
     "wan22_a14b": "Wan2.2_A14B",
+    "hunyuan_video": "HunyuanVideo",
+    "ltx_video": "LTX-Video",
+    "mochi": "Mochi",
     "demo": "demo",
 }
 

@@ -22,6 +22,7 @@ from diffusers import (
     WanImageToVideoPipeline,
     WanPipeline,
 )
+from packaging.version import Version
 from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
@@ -586,6 +587,10 @@ def ltx2(pipeline: str = "LTX2Pipeline", **transformer: Any) -> Any:
                 diffusers.pipelines.ltx2.LTX2TextConnectors,
                 caption_channels=16,
                 text_proj_in_factor=1,
+                connector_rope_base_seq_len=4096,
+                rope_theta=10000.0,
+                rope_double_precision=True,
+                causal_temporal_positioning=False,
                 **connectors,
                 **registers,
             ),
@@ -626,7 +631,10 @@ def _ltx2_keyframe(height: int, width: int, frames: int) -> dict[str, Any]:
     """A frame to begin with, in its place in the grid, and one for later, as tokens behind the grid."""
     from diffusers.pipelines.ltx2.pipeline_ltx2_condition import LTX2VideoCondition
 
-    return {"conditions": [LTX2VideoCondition(frames=picture(height, width), index=index, crf=0) for index in (0, 1)]}
+    # newer ones compress the picture with a package of its own unless told not to
+    plain = {"crf": 0} if "crf" in inspect.signature(LTX2VideoCondition).parameters else {}
+    frame = picture(height, width)
+    return {"conditions": [LTX2VideoCondition(frames=frame, index=index, **plain) for index in (0, 1)]}
 
 
 # Kandinsky 5
@@ -814,6 +822,39 @@ def _face(height: int, width: int, frames: int) -> dict[str, Any]:
     return {**_picture(height, width, frames), "id_vit_hidden": [torch.ones(1, 2, 8)], "id_cond": torch.ones(1, 8)}
 
 
+# Helios
+
+
+def helios(**transformer: Any) -> Any:
+    return _quiet(
+        diffusers.HeliosPipeline(
+            tokenizer=tokenizer(),
+            text_encoder=text_encoder(UMT5Config, UMT5EncoderModel),
+            vae=wan_vae(),
+            scheduler=diffusers.HeliosScheduler(stage_range=[0, 1], stages=1, use_flow_sigmas=True),
+            transformer=seeded(
+                diffusers.HeliosTransformer3DModel,
+                **{
+                    "num_attention_heads": 2,
+                    "attention_head_dim": 16,
+                    "text_dim": 32,
+                    "freq_dim": 32,
+                    "ffn_dim": 32,
+                    "num_layers": 2,
+                    "rope_dim": (4, 6, 6),
+                    "is_amplify_history": True,
+                    **transformer,
+                },
+            ),
+        )
+    )
+
+
+def _helios_chunk(height: int, width: int, frames: int) -> dict[str, Any]:
+    """A video of one chunk."""
+    return {"num_latent_frames_per_chunk": (frames + 3) // 4}
+
+
 # what there is
 
 
@@ -828,6 +869,7 @@ class Case:
     Attributes:
         family: Name of its family.
         pipeline: Name of its class; diffusers versions without it skip the case.
+        since: Version of diffusers in which it took the form of today, if it was another one first.
         build: Makes a fresh one; keyword arguments change its transformer.
         attentions: Regular expression of the paths of its video self-attentions: the family's, written a second time.
         layers: Their number in one forward.
@@ -866,6 +908,7 @@ class Case:
     token_pixels: int = 16
     several: bool = True
     has_float64: bool = True
+    since: str = "0"
 
     def tokens(self, prompt: str = "a cat walks", grid: tuple[int, int, int] | None = None) -> int:
         """Tokens that self-attention reads."""
@@ -1139,6 +1182,17 @@ _MORE = {
         translate=lambda asked: {**hunyuan_video_embeds(asked), "output_type": "pt"},
         several=False,
     ),
+    "helios": Case(
+        family="Helios",
+        pipeline="HeliosPipeline",
+        build=helios,
+        attentions=r"blocks\.\d+\.attn1",
+        passes=2,
+        context=_framepack_history,
+        extra=_helios_chunk,
+        translate=lambda asked: {"output_type": "pt"},
+        several=False,
+    ),
     "motif-video": Case(
         family="Motif-Video",
         pipeline="MotifVideoPipeline",
@@ -1153,6 +1207,7 @@ _MORE = {
     "ltx2": Case(
         family="LTX-2",
         pipeline="LTX2Pipeline",
+        since="0.38.0",
         build=ltx2,
         attentions=r"transformer_blocks\.\d+\.attn1",
         translate=_ltx2_embeds,
@@ -1162,6 +1217,7 @@ _MORE = {
     "ltx2.3-condition": Case(
         family="LTX-2",
         pipeline="LTX2ConditionPipeline",
+        since="0.41.0",
         build=lambda **kw: ltx2("LTX2ConditionPipeline", gated_attn=True, perturbed_attn=True, rope_type="split", **kw),
         attentions=r"transformer_blocks\.\d+\.attn1",
         context=lambda height, width: height * width,
@@ -1231,7 +1287,12 @@ _MORE = {
 
 
 def _available(cases: dict[str, Case]) -> dict[str, Case]:
-    return {name: case for name, case in cases.items() if hasattr(diffusers, case.pipeline)}
+    version = Version(diffusers.__version__)
+    return {
+        name: case
+        for name, case in cases.items()
+        if hasattr(diffusers, case.pipeline) and version >= Version(case.since)
+    }
 
 
 CASES = _available(_BASIC)

@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from psa_diffusers.models.grid import read_latents
-from psa_diffusers.models.joint_attention import JointPSAProcessor
+from psa_diffusers.models.joint_attention import JointPSAProcessor, make_hunyuan_default
 from psa_diffusers.models.registry import Family, SectionRule, register_family
 
 UPSTREAM_DIGESTS: dict[str, set[str]] = {}
@@ -28,13 +28,6 @@ def read_text(config: Any, inputs: Mapping[str, Any]) -> Tensor:
     return (lengths + inputs["image_embeds"].shape[1]).cpu()
 
 
-def make_default(config: Any, path: str, attn: nn.Module) -> Any:
-    from diffusers.models.attention_processor import AttnProcessor2_0
-    from diffusers.models.transformers.transformer_hunyuan_video import HunyuanVideoAttnProcessor2_0
-
-    return AttnProcessor2_0() if "token_refiner" in path else HunyuanVideoAttnProcessor2_0()
-
-
 register_family(
     Family(
         name="Framepack",
@@ -45,7 +38,7 @@ register_family(
         read_text=read_text,
         sections=(SectionRule("Framepack", 24, 20),),
         processor=FramepackPSAProcessor,
-        make_default=make_default,
+        make_default=make_hunyuan_default,
         pipelines=("HunyuanVideoFramepackPipeline",),
         sparse="the attention of both kinds of blocks over the window that is being made",
         dense="the history: it has no one grid, so it reads, and is read, at full resolution",

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-from torch import nn
-
 from psa_diffusers.models.grid import read_latents
-from psa_diffusers.models.joint_attention import JointPSAProcessor, read_mask
+from psa_diffusers.models.joint_attention import JointPSAProcessor, make_hunyuan_default, read_mask
 from psa_diffusers.models.registry import Family, SectionRule, register_family
 
 UPSTREAM_DIGESTS = {
@@ -20,13 +16,6 @@ UPSTREAM_DIGESTS = {
 """Start of the SHA-256 of the source of `__call__` in the diffusers versions that were read and tested."""
 
 
-def make_default(config: Any, path: str, attn: nn.Module) -> Any:
-    from diffusers.models.attention_processor import AttnProcessor2_0
-    from diffusers.models.transformers.transformer_hunyuan_video import HunyuanVideoAttnProcessor2_0
-
-    return AttnProcessor2_0() if "token_refiner" in path else HunyuanVideoAttnProcessor2_0()
-
-
 register_family(
     Family(
         name="HunyuanVideo",
@@ -37,7 +26,7 @@ register_family(
         read_text=read_mask,
         sections=(SectionRule("HunyuanVideo", 24, 20),),
         processor=JointPSAProcessor,
-        make_default=make_default,
+        make_default=make_hunyuan_default,
         pipelines=(
             "HunyuanVideoPipeline",
             "HunyuanVideoImageToVideoPipeline",

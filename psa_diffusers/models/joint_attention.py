@@ -108,3 +108,11 @@ def count_valid(masks: Tensor) -> Tensor | None:
 def read_mask(config: Any, inputs: Mapping[str, Any]) -> Tensor | None:
     """Valid text tokens, where the denoiser takes any mask for one of so many tokens in front."""
     return inputs["encoder_attention_mask"].sum(1, dtype=torch.int).cpu()
+
+
+def make_hunyuan_default(config: Any, path: str, attn: nn.Module) -> Any:
+    """The processor of HunyuanVideo's blocks, and that of the refiner in front of them, which sees text only."""
+    from diffusers.models.attention_processor import AttnProcessor2_0
+    from diffusers.models.transformers.transformer_hunyuan_video import HunyuanVideoAttnProcessor2_0
+
+    return AttnProcessor2_0() if "token_refiner" in path else HunyuanVideoAttnProcessor2_0()
