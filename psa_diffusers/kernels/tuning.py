@@ -44,7 +44,7 @@ _ATTEND = {
     # tcgen05: sm_100, sm_103, 227 KiB
     ("tcgen05", 16): AttendLaunch(128, 64, 8, 3),
     ("tcgen05", 32): AttendLaunch(128, 64, 8, 3),
-    ("tcgen05", 64): AttendLaunch(128, 64, 8, 3),
+    ("tcgen05", 64): AttendLaunch(128, 64, 8, 2),
     ("tcgen05", 128): AttendLaunch(128, 32, 8, 2),
     ("tcgen05", 256): AttendLaunch(64, 32, 8, 2),
     # mfma: gfx9, 64 KiB
