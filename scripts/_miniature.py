@@ -26,6 +26,8 @@ class Size:
         pixels: Height and width of a clip; a token covers 8 x 8 pixels and 4 frames.
         frames: Of a clip.
         stages: What it is trained on: share of the time, pixels, clips a step.
+        uses: Steps that a batch of clips serves, in the mean.
+        pool: Batches to choose from.
         vae_clips: Clips a step of the VAE.
         learning_rate: Of the transformer and the text encoder, at its highest.
     """
@@ -38,6 +40,8 @@ class Size:
     pixels: int = 128
     frames: int = 49
     stages: tuple[tuple[float, int, int], ...] = ((0.5, 64, 48), (0.5, 128, 16))
+    uses: int = 4
+    pool: int = 32
     vae_clips: int = 8
     learning_rate: float = 1e-3
 

@@ -170,7 +170,7 @@ class Job:
                     weight.copy_(self.state["model"][name])
         if self.args.compile:
             for block in getattr(self.pipe.transformer, "transformer_blocks", None) or self.pipe.transformer.blocks:
-                block.compile()
+                block.compile(dynamic=False)
         masters = MasterWeights(model.to(self.device), self.dtype, average=self.state.get("average"))
         if "optimizer" in self.state:
             masters.optimizer.load_state_dict(self.state["optimizer"])
@@ -179,15 +179,22 @@ class Job:
         peak = self.args.learning_rate or self.size.learning_rate
         clock = Clock(self, "transformer", self.args.minutes)
         self.masters = masters
-        extras, saved = {}, time.monotonic()
+        extras, saved, pool = {}, time.monotonic(), []
         for step in clock:
             pixels, clips = self.stage(clock.progress)
-            scenes, video = self.clips(clips, frames=self.size.frames, pixels=pixels)
+            # drawing and encoding clips costs more than a step, so each batch serves several, with new noise
+            if step % self.size.uses == 0 or not pool or pool[0][2] != pixels:
+                scenes, video = self.clips(clips, frames=self.size.frames, pixels=pixels)
+                with torch.no_grad():
+                    latents = self.family.latents(vae, video.to(self.dtype))
+                pool = [batch for batch in pool if batch[2] == pixels][1 - self.size.pool :]
+                pool.append((scenes, latents, pixels))
+            scenes, clean = self.rng.choice(pool)[:2]
+            clean = clean.float()
             # the pipeline's own text length now and then, so that a call without arguments works
             length = self.family.default_text_tokens if step % 8 == 7 else None
             ids = self.token_ids(scenes, length)
             with torch.no_grad():
-                clean = self.family.latents(vae, video.to(self.dtype)).float()
                 noise = torch.randn(clean.shape, generator=self.generator, device=self.device)
                 noisy, timesteps, target = self.family.noised(self.pipe, clean, noise, self.generator)
                 if clean.shape not in extras:
@@ -197,7 +204,7 @@ class Job:
             self.accelerator.backward(loss)
             masters.step(peak * clock.rate(warmup=100))
             clock.note(loss)
-            if time.monotonic() - saved > 120:
+            if time.monotonic() - saved > 60:
                 self.save_state(clock)
                 saved = time.monotonic()
         self.save_state(clock)
