@@ -95,15 +95,17 @@ def test_import_prints_nothing_and_changes_nothing(tmp_path):
 
 
 def test_import_costs_little_beyond_torch_and_diffusers(tmp_path):
-    # CPU time: what else runs on the machine must not count
+    # CPU time, and a share of theirs: how fast the machine is, and what else runs on it, must not count
     code = (
-        "import time, torch, diffusers\n"
+        "import time\n"
         "start = time.process_time()\n"
+        "import torch, diffusers\n"
+        "theirs = time.process_time()\n"
         "import psa_diffusers\n"
-        "print(time.process_time() - start)"
+        "print((time.process_time() - theirs) / (theirs - start))"
     )
-    seconds = float(run_python(code, cwd=tmp_path, path=ROOT)[0])
-    assert seconds < 0.3
+    share = float(run_python(code, cwd=tmp_path, path=ROOT)[0])
+    assert share < 0.1
 
 
 def test_import_works_without_triton(tmp_path):
