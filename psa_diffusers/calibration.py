@@ -134,9 +134,8 @@ def calibrate(
         raise RuntimeError("PSA is on in this pipeline; call disable_psa(pipe) before calibrate")
     base, section = _base_preset(pipe, preset)
     if held_out is None:
-        held_out = prompts[len(prompts) - len(prompts) // 4 :] if len(prompts) > 1 else []
-        held_out = held_out or prompts[-1:] if len(prompts) > 1 else []
-        prompts = prompts[: len(prompts) - len(held_out)]
+        cut = len(prompts) - max(1, len(prompts) // 4) if len(prompts) > 1 else 1
+        prompts, held_out = prompts[:cut], prompts[cut:]
     path = Path(path)
     run = _Runs(pipe, base, parts, max_heads, seed, {"output_type": "latent", **call})
     with _bar(len(prompts) + len(held_out), progress) as bar:
@@ -490,9 +489,8 @@ def _as_shares(start: int, stop: int, num_steps: int) -> str:
 def _write(result: Calibration, made: PSAPreset) -> None:
     usual = PSAPreset(name=made.name, model=made.model).to_dict()
     values = {key: value for key, value in made.to_dict().items() if value != usual[key] or key == "mask_ratios"}
-    density = f"density {result.predicted_density:.3f}"
-    values = {"type": "psa", "description": f"Calibrated: error {result.predicted_error:.3f} at {density}.", **values}
-    values["description"] = f"Calibrated: error {result.predicted_error:.3f} at {density}."
+    found = f"Calibrated: error {result.predicted_error:.3f} at density {result.predicted_density:.3f}."
+    values = {"type": "psa", **values, "description": found}
     content = {result.section: {"attention_configs": {result.name: values}}}
     head = "".join(f"# {line}\n" for line in result.summary().splitlines())
     text = head + yaml.safe_dump(content, sort_keys=False, default_flow_style=None, width=120)

@@ -8,6 +8,8 @@ stands beside the preset; another target with the same --path needs no new measu
 """
 
 import argparse
+import json
+from dataclasses import asdict
 from pathlib import Path
 
 from _models import add_call_options, open_model, read_prompts
@@ -28,6 +30,7 @@ def parse(argv=None):
         "--parts", type=int, default=4, help="parts of the run with densities of their own (default: 4)"
     )
     parser.add_argument("--max_heads", type=int, default=8, help="heads measured in a call (default: 8)")
+    parser.add_argument("--json", type=Path, help="append what was found here, as one JSON line")
     add_call_options(parser)
     return parser.parse_args(argv)
 
@@ -49,6 +52,10 @@ def main(argv=None):
         **call,
     )
     print(found.summary())
+    if args.json:
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        with args.json.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"model": args.model, **asdict(found), "path": found.path.name}) + "\n")
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@
     python scripts/evaluate_levels.py --record demo                       heads of a running pipeline, recorded first
     python scripts/evaluate_levels.py --suite heldout                     96 cases kept apart from tuning, longer
     python scripts/evaluate_levels.py --suite acceptance --qkv FILE       what our presets must hold, with bounds
-    python scripts/evaluate_levels.py --json levels.jsonl --plot levels.png
+    python scripts/evaluate_levels.py --json heads.jsonl --json_table table.jsonl --plot levels.png
 
 Every method runs through the stages of psa_attention. Rows of the table: the presets; the rule of psa_cover at other
 densities ("this project"); the published choice (its ratios, blocks of 128, Gilbert order, largest score of random
@@ -366,6 +366,12 @@ def _by_factor(item: tuple[str, float]) -> float:
     return int(item[0]) or math.inf
 
 
+def write_lines(lines: list[dict], path: Path) -> None:
+    """One JSON line each, with four digits."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(_rounded(line)) + "\n" for line in lines), encoding="utf-8")
+
+
 def _rounded(line: dict) -> dict:
     return {key: float(f"{value:.4g}") if isinstance(value, float) else value for key, value in line.items()}
 
@@ -383,7 +389,8 @@ def show(table: list[dict]) -> None:
         + "attention mass by factor"
     )
     for row in table:
-        mass = " ".join(f"{'skip' if factor == '0' else factor}:{share:.2f}" for factor, share in _masses(row))
+        shares = row["mass_by_factor"].items()
+        mass = " ".join(f"{'skip' if factor == '0' else factor}:{share:.2f}" for factor, share in shares)
         middle = (
             "    {ratio_of_means:6.3f} {mean_ratio:5.2f} {max_ratio:5.2f}  {worst_head_ratio:5.2f}  ".format(**row)
             if ratios
@@ -394,10 +401,6 @@ def show(table: list[dict]) -> None:
             f" {row['relative_l2']:5.3f} {row['relative_l2_worst1']:5.2f}  {row['cosine']:6.4f} "
             f"{row['cosine_worst1']:7.3f} " + middle + mass
         )
-
-
-def _masses(row: dict):
-    return row["mass_by_factor"].items()
 
 
 def draw(table: list[dict], path: Path) -> None:
@@ -465,6 +468,7 @@ def parse(argv=None):
     )
     data.add_argument("--fields", nargs="+", choices=FIELDS, metavar="FIELD", help="only these fields")
     data.add_argument("--field_grid", nargs=3, type=int, metavar=("F", "H", "W"), help="grid in place of the suite's")
+    data.add_argument("--field_seed", type=int, help="seed in place of the suite's")
     data.add_argument("--queries", type=int, default=1024, help="queries sampled a head (default: 1024)")
     call = parser.add_argument_group("with --record")
     add_call_options(call)
@@ -474,21 +478,23 @@ def parse(argv=None):
     call.add_argument("--record_prompts", type=int, default=1, metavar="N", help="prompts to run (default: 1)")
     out = parser.add_argument_group("output")
     out.add_argument("--json", type=Path, help="write one JSON line a head and method here")
+    out.add_argument("--json_table", type=Path, help="write the rows of the table here, one JSON line a method")
     out.add_argument("--plot", type=Path, help="picture of error against density")
     out.add_argument("--threads", type=int, default=1, help="threads of torch (default: 1)")
     args = parser.parse_args(argv)
     args.densities = sorted({*args.densities, 0.15})
     if not all(0.02 <= density < 1 for density in args.densities):
         parser.error("--densities must lie between 0.02 and 1")
-    if args.suite == "acceptance" and args.plot:
-        parser.error("--plot draws lines over several densities; the acceptance suite has one for each preset")
+    if args.suite == "acceptance" and (args.plot or args.json_table):
+        parser.error("--plot and --json_table show several densities; the acceptance suite has one for each preset")
     quick = args.suite == "quick"
     every = args.suite in ("quick", "acceptance")
     args.fields = args.fields or (tuple(FIELDS) if every else tuple("ABCDEFGH"))
     grids = [(13, 30, 45)] if quick else [(13, 30, 45), (11, 29, 31), (7, 19, 23)]
     args.grids = [tuple(args.field_grid)] if args.field_grid else grids
     args.dims, args.text = ((64,), (0,)) if quick else ((64, 128), (0, 226))
-    args.seeds = (HELDOUT_SEED,) if args.suite in ("heldout", "acceptance") else (TUNING_SEED,)
+    seed = HELDOUT_SEED if args.suite in ("heldout", "acceptance") else TUNING_SEED
+    args.seeds = (seed if args.field_seed is None else args.field_seed,)
     return args
 
 
@@ -530,12 +536,13 @@ def main(argv=None):
             total = len(args.grids) * len(args.dims) * len(args.text) * len(args.seeds) * len(args.fields)
             lines = evaluate(field_cases(args), choose_methods(args), args.queries, total)
     if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text("".join(json.dumps(_rounded(line)) + "\n" for line in lines))
+        write_lines(lines, args.json)
     if args.suite == "acceptance":
         sys.exit(0 if show_acceptance(lines) else 1)
     table = summarise(lines)
     show(table)
+    if args.json_table:
+        write_lines(table, args.json_table)
     if args.plot:
         draw(table, args.plot)
 

@@ -2,6 +2,10 @@
 
 import itertools
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -228,3 +232,27 @@ def test_the_choice_is_nearly_the_best_there_is(kind, rng):
         every = itertools.product(range(len(DENSITIES) + 1), repeat=4)
         best = min(_mean(cells, c, other) for c in every if _mean(cells, c, kind) <= target)
         assert _mean(cells, chosen, other) <= best + 0.05
+
+
+def test_the_script_writes_the_preset_and_what_was_found(tmp_path):
+    sharp("cogvideox").save_pretrained(tmp_path / "pipe")
+    (tmp_path / "prompts.txt").write_text("a cat walks\nrain\n")
+    size = ("--width", 112, "--height", 96, "--num_frames", 9, "--num_inference_steps", 3)
+    files = ("--path", tmp_path / "made.yaml", "--json", tmp_path / "found.jsonl")
+    own = ("--preset", "psa_cover", "--parts", 2, "--prompt_file", tmp_path / "prompts.txt", *files)
+    script = Path(__file__).resolve().parent.parent / "scripts" / "calibrate.py"
+    for target in (0.7, 0.8):
+        args = ("--model", tmp_path / "pipe", *size, *own, "--target_density", target)
+        done = subprocess.run(
+            [sys.executable, str(script), *map(str, args)],
+            capture_output=True,
+            text=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
+        assert done.returncode == 0, done.stderr
+        assert f"target density {target}" in done.stdout
+    found = [json.loads(line) for line in (tmp_path / "found.jsonl").read_text().splitlines()]
+    assert [line["target_density"] for line in found] == [0.7, 0.8]
+    assert all(0 < line["predicted_density"] <= line["target_density"] for line in found)
+    assert all(line["measured_density"] is not None for line in found), "the last prompt was held out"
+    assert load_preset(found[-1]["section"], "calibrated", config=tmp_path / "made.yaml").type == "psa"

@@ -27,7 +27,8 @@ def run_script(*args):
 def fields(tmp_path_factory):
     """Printed table, JSON lines by case and method, and the folder of the files, of one run over two fields."""
     folder = tmp_path_factory.mktemp("levels")
-    done = run_script("--fields", "A", "F", *TINY, "--json", folder / "levels.jsonl", "--plot", folder / "levels.png")
+    files = ("--json", folder / "levels.jsonl", "--json_table", folder / "table.jsonl", "--plot", folder / "levels.png")
+    done = run_script("--fields", "A", "F", *TINY, *files)
     assert done.returncode == 0, done.stderr
     lines = [json.loads(line) for line in (folder / "levels.jsonl").read_text().splitlines()]
     return done.stdout, {(line["case"], line["method"]): line for line in lines}, folder
@@ -66,6 +67,22 @@ def test_table_and_picture_are_made(fields):
     table, lines, folder = fields
     assert all(method in table for _, method in lines)
     assert (folder / "levels.png").stat().st_size > 10_000
+    rows = [json.loads(row) for row in (folder / "table.jsonl").read_text().splitlines()]
+    assert {row["method"] for row in rows} == {method for _, method in lines}
+    for row in rows:
+        heads = [line["relative_l1"] for (_, method), line in lines.items() if method == row["method"]]
+        assert row["heads"] == len(heads) == 2
+        assert row["relative_l1"] == pytest.approx(sum(heads) / 2, rel=1e-3)
+
+
+def test_another_seed_is_another_field(fields):
+    _, lines, folder = fields
+    few = ("--field_grid", 6, 12, 16, "--queries", 256, "--densities", 0.3, "--presets", "psa_cover")
+    done = run_script("--fields", "A", *few, "--field_seed", 7, "--json", folder / "seed.jsonl")
+    assert done.returncode == 0, done.stderr
+    other = {line["method"]: line for line in map(json.loads, (folder / "seed.jsonl").read_text().splitlines())}
+    assert other["psa_cover"]["case"].endswith("seed7")
+    assert other["psa_cover"]["relative_l1"] != lines["A 6x12x16 D64 text0 seed0", "psa_cover"]["relative_l1"]
 
 
 def test_recorded_heads_are_read_with_their_grid(tmp_path, rng):
