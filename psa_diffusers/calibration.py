@@ -329,7 +329,15 @@ class _Runs:
     def _key(self, prompts: Sequence[str]) -> str:
         """What the measurements depend on."""
         call = {key: repr(value) for key, value in sorted(self.call.items())}
-        plain = [self.base.key, list(prompts), DENSITIES, self.parts, self.max_heads, self.seed, call]
+        plain = [
+            self.base.replace(description="").key,
+            list(prompts),
+            DENSITIES,
+            self.parts,
+            self.max_heads,
+            self.seed,
+            call,
+        ]
         weights = [_weights_of(denoiser) for _, denoiser, _ in find_denoisers(self.pipe)]
         return hashlib.sha256(json.dumps([*plain, weights]).encode()).hexdigest()[:16]
 

@@ -146,3 +146,39 @@ def test_a_missed_bound_is_named_and_fails(capsys):
     bad = [line("psa_cover", 0.1) if entry["method"] == "psa_cover" else entry for entry in good]
     assert not show_acceptance(bad)
     assert "0.500 (<= 0.480, MISSED)" in capsys.readouterr().out
+
+
+def test_the_docs_quote_what_was_measured(capsys):
+    sys.path.insert(0, str(ROOT / "scripts"))
+    from _acceptance import PRESETS, show_acceptance
+
+    def rows_of(name):
+        return [json.loads(line) for line in (ROOT / "docs" / "benchmarks" / name).read_text().splitlines()]
+
+    page = (ROOT / "docs" / "levels.md").read_text(encoding="utf-8")
+    lines = rows_of("levels_acceptance.jsonl")
+    assert show_acceptance(lines)
+    assert "25 of 25 bounds hold" in capsys.readouterr().out
+    errors = {(line["group"], line["method"], line["case"]): line["relative_l1"] for line in lines}
+
+    def quoted(start):
+        (row,) = (row for row in page.splitlines() if row.startswith(f"| {start}"))
+        return [float(cell.split()[0]) for cell in row.split("|")[2:5]]
+
+    for number, name in enumerate(PRESETS):
+        heads = {
+            case: error for (group, method, case), error in errors.items() if (group, method) == ("recorded", name)
+        }
+        published = sum(errors["recorded", "published", case] for case in heads)
+        assert quoted("trained heads: ratio of the mean errors")[number] == round(sum(heads.values()) / published, 3)
+        assert quoted("worst head (published .610)")[number] == round(max(heads.values()), 3)
+        ratios = [
+            error / errors[group, "published", case]
+            for (group, method, case), error in errors.items()
+            if (group, method) == ("fields", name)
+        ]
+        assert quoted("fields A to H, other seeds")[number] == round(sum(ratios) / len(ratios), 3)
+        assert quoted("largest ratio")[number] == round(max(ratios), 2)
+        for model, row in (("demo", "demo: ratio of"), ("wan", "Wan: ratio of")):
+            table = {line["method"]: line for line in rows_of(f"levels_recorded_{model}.jsonl")}
+            assert quoted(row)[number] == round(table[name]["ratio_of_means"], 3)
