@@ -15,7 +15,7 @@ import diffusers
 import pytest
 import torch
 from forwards import assert_as_close, captured_inputs, error, forward, forward_in_float64
-from tiny import ALL_CASES, MISSING, TINY_PRESET
+from tiny import ALL_CASES, MISSING, OTHER_CASES, TINY_PRESET
 from watch import Watch, expected_steps, find_class, mirrored
 
 from psa_diffusers.models.processor import PSAProcessor
@@ -192,6 +192,38 @@ def test_set_attn_processor_of_the_denoiser_gives_the_same_bits(name):
         denoiser.set_attn_processor(processor)
     for _ in range(2):
         assert torch.equal(case.run(pipe, steps=3), enabled)
+
+
+@pytest.mark.parametrize("name", OTHER_CASES)
+def test_every_other_pipeline_runs_sparse_and_comes_back(name, monkeypatch):
+    if name == "cosmos2.5-transfer":
+        _resize_without_torchvision(monkeypatch)
+    case, pipe = OTHER_CASES[name], OTHER_CASES[name].build()
+    dense = case.run(pipe, steps=2)
+    enable(pipe, mask_ratios={1: [0, 1]}, report=True)
+    torch.testing.assert_close(case.run(pipe, steps=2), dense)
+    records = psa_report(pipe).records
+    assert {record["kind"] for record in records} == {"sparse"}
+    assert (case.grid, case.tokens()) in {(record["grid"], record["tokens"]) for record in records}
+    assert {record["layer"] for record in records} == {
+        path for path, _ in attentions(pipe) if re.fullmatch(case.attentions, path)
+    }
+    disable_psa(pipe)
+    enable(pipe)
+    sparse = case.run(pipe, steps=2)
+    assert torch.isfinite(sparse).all()
+    assert not torch.equal(sparse, dense)
+    disable_psa(pipe)
+    assert torch.equal(case.run(pipe, steps=2), dense)
+
+
+def _resize_without_torchvision(monkeypatch):
+    """The control network of Cosmos resizes a mask with torchvision, which nothing else here needs."""
+    from diffusers.models.controlnets import controlnet_cosmos
+
+    functional = SimpleNamespace(resize=lambda x, size, interpolation: torch.nn.functional.interpolate(x, size))
+    transforms = SimpleNamespace(functional=functional, InterpolationMode=SimpleNamespace(NEAREST="nearest"))
+    monkeypatch.setattr(controlnet_cosmos, "transforms", transforms, raising=False)
 
 
 # what only some families do
@@ -372,6 +404,13 @@ def test_the_models_own_sparse_attention_stays(monkeypatch):
 def test_every_family_has_a_tiny_pipeline():
     without = {family.name for family in families()} - {case.family for case in (ALL_CASES | MISSING).values()}
     assert not without, f"add a tiny pipeline of {', '.join(sorted(without))} to tests/tiny.py"
+
+
+def test_every_pipeline_that_is_listed_has_run():
+    if not IS_NEWEST:
+        pytest.skip(f"diffusers {diffusers.__version__} has not all of them")
+    listed = {pipeline for family in families() for pipeline in family.pipelines}
+    assert listed == {case.pipeline for case in (ALL_CASES | OTHER_CASES).values()}
 
 
 def test_this_diffusers_has_every_pipeline():

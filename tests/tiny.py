@@ -518,7 +518,7 @@ def _framepack_history(height: int, width: int) -> int:
 # Motif-Video
 
 
-def motif_video(pipeline: str = "MotifVideoPipeline", **transformer: Any) -> Any:
+def motif_video(pipeline: str = "MotifVideoPipeline", parts: dict[str, Any] | None = None, **transformer: Any) -> Any:
     return _quiet(
         getattr(diffusers, pipeline)(
             scheduler=FlowMatchEulerDiscreteScheduler(),
@@ -541,6 +541,7 @@ def motif_video(pipeline: str = "MotifVideoPipeline", **transformer: Any) -> Any
                 },
             ),
             guider=diffusers.ClassifierFreeGuidance(guidance_scale=3.0),
+            **(parts or {}),
         )
     )
 
@@ -690,7 +691,13 @@ class Trusting:
         return True
 
 
-def cosmos(pipeline: str = "CosmosTextToWorldPipeline", vae: Any = None, scheduler: Any = None, **kwargs: Any) -> Any:
+def cosmos(
+    pipeline: str = "CosmosTextToWorldPipeline",
+    vae: Any = None,
+    scheduler: Any = None,
+    parts: dict[str, Any] | None = None,
+    **kwargs: Any,
+) -> Any:
     return _quiet(
         getattr(diffusers, pipeline)(
             text_encoder=text_encoder(),
@@ -713,8 +720,58 @@ def cosmos(pipeline: str = "CosmosTextToWorldPipeline", vae: Any = None, schedul
             vae=vae,
             scheduler=scheduler or diffusers.EDMEulerScheduler(sigma_schedule="karras", final_sigmas_type="sigma_min"),
             safety_checker=Trusting(),
+            **(parts or {}),
         )
     )
+
+
+def cosmos_vae() -> Any:
+    return seeded(
+        diffusers.AutoencoderKLCosmos,
+        latent_channels=4,
+        encoder_block_out_channels=(8, 8, 8, 8),
+        decode_block_out_channels=(8, 8, 8, 8),
+        attention_resolutions=(8,),
+        resolution=64,
+        num_layers=1,
+    )
+
+
+def cosmos2(pipeline: str, scheduler: Any, **kwargs: Any) -> Any:
+    """Cosmos 2 and 2.5: the latents of Wan, and a mask of what is given."""
+    return cosmos(pipeline, wan_vae(), scheduler, in_channels=17, out_channels=16, **kwargs)
+
+
+def cosmos_transfer(**kwargs: Any) -> Any:
+    image = {"img_context_dim_in": 8, "img_context_dim_out": 32}
+    controlnet = seeded(
+        diffusers.CosmosControlNetModel,
+        n_controlnet_blocks=1,
+        in_channels=18,
+        latent_channels=18,
+        model_channels=32,
+        num_attention_heads=2,
+        attention_head_dim=16,
+        text_embed_dim=32,
+        adaln_lora_dim=4,
+        max_size=(16, 32, 32),
+        **image,
+    )
+    scheduler = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True)
+    return cosmos2(
+        "Cosmos2_5_TransferPipeline",
+        scheduler,
+        parts={"controlnet": controlnet},
+        controlnet_block_every_n=2,
+        img_context_num_tokens=4,
+        **image,
+        **kwargs,
+    )
+
+
+def _cosmos_embeds(asked: dict[str, Any]) -> dict[str, Any]:
+    given = dict.fromkeys(("prompt", "negative_prompt"), DROP)
+    return given | {f"{prefix}prompt_embeds": embedded(asked[f"{prefix}prompt"], 32)[0] for prefix in ("", "negative_")}
 
 
 # Allegro
@@ -777,6 +834,18 @@ def easyanimate(pipeline: str = "EasyAnimatePipeline", **transformer: Any) -> An
     )
 
 
+def easyanimate_control(**transformer: Any) -> Any:
+    """diffusers 0.42.1 hands its `encode_prompt` an argument that it does not take."""
+    pipe = easyanimate("EasyAnimateControlPipeline", in_channels=12, **transformer)
+    encode = pipe.encode_prompt
+    pipe.encode_prompt = lambda text_encoder_index=0, **kwargs: encode(**kwargs)
+    return pipe
+
+
+def _easyanimate_embeds(asked: dict[str, Any]) -> dict[str, Any]:
+    return {**_motif_embeds(asked), "guidance_scale": asked["guidance_scale"], "max_sequence_length": DROP}
+
+
 # ConsisID
 
 
@@ -825,13 +894,15 @@ def _face(height: int, width: int, frames: int) -> dict[str, Any]:
 # Helios
 
 
-def helios(**transformer: Any) -> Any:
+def helios(pipeline: str = "HeliosPipeline", *, stages: int = 1, **transformer: Any) -> Any:
+    # with the published gamma of 1/3 the noise between stages has a covariance that a CPU finds singular
+    edges = [stage / stages for stage in range(stages + 1)]
     return _quiet(
-        diffusers.HeliosPipeline(
+        getattr(diffusers, pipeline)(
             tokenizer=tokenizer(),
             text_encoder=text_encoder(UMT5Config, UMT5EncoderModel),
             vae=wan_vae(),
-            scheduler=diffusers.HeliosScheduler(stage_range=[0, 1], stages=1, use_flow_sigmas=True),
+            scheduler=diffusers.HeliosScheduler(stage_range=edges, stages=stages, gamma=0.3, use_flow_sigmas=True),
             transformer=seeded(
                 diffusers.HeliosTransformer3DModel,
                 **{
@@ -853,6 +924,11 @@ def helios(**transformer: Any) -> Any:
 def _helios_chunk(height: int, width: int, frames: int) -> dict[str, Any]:
     """A video of one chunk."""
     return {"num_latent_frames_per_chunk": (frames + 3) // 4}
+
+
+def _helios_stages(height: int, width: int, frames: int) -> dict[str, Any]:
+    own = {"num_inference_steps": DROP, "pyramid_num_inference_steps_list": [2, 2]}
+    return {**_helios_chunk(height, width, frames), **own}
 
 
 # what there is
@@ -1268,11 +1344,7 @@ _MORE = {
         build=easyanimate,
         attentions=r"transformer_blocks\.\d+\.attn1",
         text=20,
-        translate=lambda asked: {
-            **_motif_embeds(asked),
-            "guidance_scale": asked["guidance_scale"],
-            "max_sequence_length": DROP,
-        },
+        translate=_easyanimate_embeds,
     ),
     "consisid": Case(
         family="ConsisID",
@@ -1284,6 +1356,175 @@ _MORE = {
         several=False,
     ),
 }
+
+SKYREELS = {**WAN, "family": "SkyReels-V2", "several": False}
+COSMOS = {
+    "family": "Cosmos",
+    "attentions": r"transformer_blocks\.\d+\.attn1",
+    "passes": 2,
+    "several": False,
+    "has_float64": False,
+}
+EASYANIMATE = {
+    "family": "EasyAnimate",
+    "attentions": r"transformer_blocks\.\d+\.attn1",
+    "text": 20,
+    "translate": _easyanimate_embeds,
+    "several": False,
+}
+LTX2 = {
+    "family": "LTX-2",
+    "attentions": r"transformer_blocks\.\d+\.attn1",
+    "translate": _ltx2_embeds,
+    "frames_per_latent": 8,
+    "token_pixels": 32,
+    "several": False,
+}
+
+
+def _ramp(height: int, width: int, frames: int) -> torch.Tensor:
+    return torch.linspace(0, 1, 3 * frames * height * width).view(1, 3, frames, height, width)
+
+
+_OTHER = {
+    "skyreels-forcing-i2v": Case(
+        pipeline="SkyReelsV2DiffusionForcingImageToVideoPipeline",
+        build=lambda **kw: wan(
+            "SkyReelsV2DiffusionForcingImageToVideoPipeline",
+            kind="SkyReelsV2Transformer3DModel",
+            multistep=True,
+            **kw,
+        ),
+        extra=_picture,
+        **SKYREELS,
+    ),
+    "skyreels-forcing-v2v": Case(
+        pipeline="SkyReelsV2DiffusionForcingVideoToVideoPipeline",
+        build=lambda **kw: wan(
+            "SkyReelsV2DiffusionForcingVideoToVideoPipeline",
+            kind="SkyReelsV2Transformer3DModel",
+            multistep=True,
+            **kw,
+        ),
+        # goes on from the last two latent frames of nine frames
+        extra=lambda height, width, frames: {
+            "video": _pictures(height, width, 9),
+            "overlap_history": 5,
+            "base_num_frames": frames,
+            "num_frames": frames + 4,
+        },
+        **SKYREELS,
+    ),
+    "ltx-long": Case(
+        pipeline="LTXI2VLongMultiPromptPipeline",
+        build=lambda **kw: ltx("LTXI2VLongMultiPromptPipeline", **kw),
+        **LTX,
+    ),
+    "ltx2-i2v": Case(
+        pipeline="LTX2ImageToVideoPipeline",
+        since="0.38.0",
+        build=lambda **kw: ltx2("LTX2ImageToVideoPipeline", **kw),
+        # newer ones compress the picture with a package of its own unless told not to
+        extra=lambda height, width, frames: {
+            **_picture(height, width, frames),
+            **_known("LTX2ImageToVideoPipeline", image_crf=0),
+        },
+        **LTX2,
+    ),
+    "ltx2-context": Case(
+        pipeline="LTX2InContextPipeline", build=lambda **kw: ltx2("LTX2InContextPipeline", **kw), **LTX2
+    ),
+    "ltx2-hdr": Case(
+        pipeline="LTX2HDRPipeline",
+        build=lambda **kw: ltx2("LTX2HDRPipeline", **kw),
+        **{**LTX2, "translate": lambda asked: _known("LTX2HDRPipeline", **_ltx2_embeds(asked))},
+    ),
+    "motif-video-i2v": Case(
+        family="Motif-Video",
+        pipeline="MotifVideoImage2VideoPipeline",
+        build=lambda **kw: motif_video(
+            "MotifVideoImage2VideoPipeline", {"feature_extractor": siglip()["feature_extractor"]}, **kw
+        ),
+        attentions=r"(single_)?transformer_blocks\.\d+\.attn",
+        passes=2,
+        padded=0,
+        extra=_picture,
+        translate=lambda asked: {**_motif_embeds(asked), "prompt": None},
+        prepare=_set_guider,
+        several=False,
+        has_float64=False,
+    ),
+    "easyanimate-control": Case(
+        pipeline="EasyAnimateControlPipeline",
+        build=easyanimate_control,
+        extra=lambda height, width, frames: {"control_video": _ramp(height, width, frames)},
+        **EASYANIMATE,
+    ),
+    "easyanimate-inpaint": Case(
+        pipeline="EasyAnimateInpaintPipeline",
+        build=lambda **kw: easyanimate("EasyAnimateInpaintPipeline", in_channels=9, **kw),
+        extra=lambda height, width, frames: {
+            "video": _ramp(height, width, frames),
+            "mask_video": 255 * torch.ones(1, 1, frames, height, width),
+        },
+        **EASYANIMATE,
+    ),
+    "cosmos1-v2w": Case(
+        pipeline="CosmosVideoToWorldPipeline",
+        build=lambda **kw: cosmos("CosmosVideoToWorldPipeline", cosmos_vae(), in_channels=5, **kw),
+        extra=_picture,
+        frames_per_latent=8,
+        **COSMOS,
+    ),
+    "cosmos2": Case(
+        pipeline="Cosmos2VideoToWorldPipeline",
+        build=lambda **kw: cosmos2(
+            "Cosmos2VideoToWorldPipeline", FlowMatchEulerDiscreteScheduler(use_karras_sigmas=True), **kw
+        ),
+        extra=_picture,
+        **COSMOS,
+    ),
+    "cosmos2.5": Case(
+        pipeline="Cosmos2_5_PredictBasePipeline",
+        build=lambda **kw: cosmos2(
+            "Cosmos2_5_PredictBasePipeline",
+            UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True),
+            **kw,
+        ),
+        extra=lambda height, width, frames: {"video": _pictures(height, width, 5)},
+        translate=_cosmos_embeds,
+        **COSMOS,
+    ),
+    "cosmos2.5-transfer": Case(
+        pipeline="Cosmos2_5_TransferPipeline",
+        build=cosmos_transfer,
+        extra=lambda height, width, frames: {
+            "controls": _pictures(height, width, frames),
+            "num_frames_per_chunk": frames,
+        },
+        translate=_cosmos_embeds,
+        **COSMOS,
+    ),
+    "helios-pyramid": Case(
+        family="Helios",
+        pipeline="HeliosPyramidPipeline",
+        build=lambda **kw: helios("HeliosPyramidPipeline", stages=2, **kw),
+        attentions=r"blocks\.\d+\.attn1",
+        passes=2,
+        # the first stage has half the height and width
+        grid=(3, 8, 8),
+        context=_framepack_history,
+        extra=_helios_stages,
+        translate=lambda asked: {"output_type": "pt"},
+        several=False,
+    ),
+}
+
+
+def _known(pipeline: str, **given: Any) -> dict[str, Any]:
+    """Those arguments that a pipeline takes, or that are to be dropped."""
+    names = inspect.signature(getattr(diffusers, pipeline).__call__).parameters
+    return {name: value for name, value in given.items() if name in names or value is DROP}
 
 
 def _available(cases: dict[str, Case]) -> dict[str, Case]:
@@ -1299,5 +1540,7 @@ CASES = _available(_BASIC)
 """CogVideoX and Wan, on which all the tests run that are not about families."""
 ALL_CASES = _available(_BASIC | _MORE)
 """At least one of every family that this version of diffusers has: tests/test_families.py runs on all."""
+OTHER_CASES = _available(_OTHER)
+"""The other pipelines of these families, whose denoisers the battery knows already."""
 MISSING = {name: case for name, case in (_BASIC | _MORE).items() if name not in ALL_CASES}
 """What this version of diffusers does not have."""
