@@ -40,7 +40,7 @@ class Size:
     pixels: int = 128
     frames: int = 49
     stages: tuple[tuple[float, int, int], ...] = ((0.5, 64, 48), (0.5, 128, 16))
-    uses: int = 4
+    uses: int = 8
     pool: int = 32
     vae_clips: int = 8
     learning_rate: float = 1e-3

@@ -108,7 +108,7 @@ class Job:
         import _miniature
         import torch
         import torch.nn.functional as F
-        from _training import Clock, set_rate
+        from _training import Clock, Gradients, set_rate
 
         vae = self.pipe.vae.to(self.device)
         if "vae" in self.state:
@@ -121,6 +121,17 @@ class Job:
         optimizer = torch.optim.AdamW(vae.parameters(), lr=1.0, betas=(0.9, 0.99), weight_decay=0.0)
         frames = min(17, self.size.frames)
         clock = Clock(self, "vae", self.args.vae_minutes)
+
+        def losses(video):
+            with torch.autocast(self.device.type, self.dtype, enabled=self.device.type == "cuda"):
+                restored, mean, kl = trained(video)
+            restored, mean = restored.float(), mean.float()
+            error = F.l1_loss(restored, video) + 2 * F.mse_loss(restored, video)
+            # latents that a diffusion model likes: every channel around 0 with deviation 1
+            moments = mean.mean((0, 2, 3, 4)).square().mean() + (mean.std((0, 2, 3, 4)) - 1).square().mean()
+            return error + 1e-3 * kl + 0.02 * moments, error
+
+        gradients = Gradients(losses, vae.parameters(), self.accelerator)
         for step in clock:
             # full size, and the half size that the first stage of the transformer sees
             pixels, clips = (
@@ -129,18 +140,10 @@ class Job:
                 else (self.size.pixels // 2, self.size.vae_clips * 4)
             )
             _, video = self.clips(clips, frames=frames, pixels=pixels)
+            _, error = gradients(video)
             set_rate(optimizer, 3e-3 * clock.rate(warmup=50))
-            with torch.autocast(self.device.type, self.dtype, enabled=self.device.type == "cuda"):
-                restored, mean, kl = trained(video)
-            restored, mean = restored.float(), mean.float()
-            error = F.l1_loss(restored, video) + 2 * F.mse_loss(restored, video)
-            # latents that a diffusion model likes: every channel around 0 with deviation 1
-            moments = mean.mean((0, 2, 3, 4)).square().mean() + (mean.std((0, 2, 3, 4)) - 1).square().mean()
-            loss = error + 1e-3 * kl + 0.02 * moments
-            self.accelerator.backward(loss)
             self.accelerator.clip_grad_norm_(trained.parameters(), 1.0)
             optimizer.step()
-            optimizer.zero_grad()
             clock.note(error)
         vae.eval().requires_grad_(False)
         with torch.no_grad():
@@ -159,7 +162,7 @@ class Job:
     def train_transformer(self):
         import _miniature
         import torch
-        from _training import Clock, MasterWeights, cast
+        from _training import Clock, Gradients, MasterWeights, cast
 
         # a copy: rounding to half precision for speed must not reach what is saved
         vae = cast(copy.deepcopy(self.pipe.vae), self.dtype).to(self.device).eval().requires_grad_(False)
@@ -180,6 +183,12 @@ class Job:
         clock = Clock(self, "transformer", self.args.minutes)
         self.masters = masters
         extras, saved, pool = {}, time.monotonic(), []
+
+        def losses(ids, noisy, timesteps, target):
+            predicted = trained(ids, noisy.to(self.dtype), timesteps, extras[noisy.shape])
+            return ((predicted.float() - target).square().mean(),)
+
+        gradients = Gradients(losses, masters.weights, self.accelerator)
         for step in clock:
             pixels, clips = self.stage(clock.progress)
             # drawing and encoding clips costs more than a step, so each batch serves several, with new noise
@@ -192,16 +201,16 @@ class Job:
             scenes, clean = self.rng.choice(pool)[:2]
             clean = clean.float()
             # the pipeline's own text length now and then, so that a call without arguments works
-            length = self.family.default_text_tokens if step % 8 == 7 else None
-            ids = self.token_ids(scenes, length)
+            long = step % 16 == 15
+            ids = self.token_ids(scenes, self.family.default_text_tokens if long else None)
             with torch.no_grad():
                 noise = torch.randn(clean.shape, generator=self.generator, device=self.device)
                 noisy, timesteps, target = self.family.noised(self.pipe, clean, noise, self.generator)
                 if clean.shape not in extras:
                     extras[clean.shape] = self.family.extras(self.pipe, clean)
-            predicted = trained(ids, noisy.to(self.dtype), timesteps, extras[clean.shape])
-            loss = (predicted.float() - target).square().mean()
-            self.accelerator.backward(loss)
+            # not worth compiling once more
+            with torch.compiler.set_stance("force_eager" if long else "default"):
+                (loss,) = gradients(ids, noisy, timesteps, target)
             masters.step(peak * clock.rate(warmup=100))
             clock.note(loss)
             if time.monotonic() - saved > 60:
