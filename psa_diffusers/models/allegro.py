@@ -11,10 +11,11 @@ from torch import Tensor, nn
 
 from psa_diffusers.models.grid import read_latents
 from psa_diffusers.models.processor import FamilyProcessor
-from psa_diffusers.models.registry import Family, SectionRule, register_family
+from psa_diffusers.models.registry import Family, SectionRule, make_instance_of, register_family
 
+UPSTREAM = "diffusers.models.attention_processor.AllegroAttnProcessor2_0"
 UPSTREAM_DIGESTS = {
-    "diffusers.models.attention_processor.AllegroAttnProcessor2_0": {"9028d0238ccd", "d22709742596"},
+    UPSTREAM: {"9028d0238ccd", "d22709742596"},
 }
 """Start of the SHA-256 of the source of `__call__` in the diffusers versions that were read and tested."""
 
@@ -56,12 +57,6 @@ class AllegroPSAProcessor(FamilyProcessor):
         return attn.to_out[1](attn.to_out[0](out))
 
 
-def make_default(config: Any, path: str, attn: nn.Module) -> Any:
-    from diffusers.models.attention_processor import AllegroAttnProcessor2_0
-
-    return AllegroAttnProcessor2_0()
-
-
 register_family(
     Family(
         name="Allegro",
@@ -70,7 +65,7 @@ register_family(
         read_grid=read_latents,
         sections=(SectionRule("Allegro", 24, 32),),
         processor=AllegroPSAProcessor,
-        make_default=make_default,
+        make_default=make_instance_of(UPSTREAM),
         pipelines=("AllegroPipeline",),
     )
 )

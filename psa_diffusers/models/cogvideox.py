@@ -2,26 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
-from psa_diffusers.models.cogvideox_attention import CogVideoXPSAProcessor, make_default
-from psa_diffusers.models.registry import Family, Grid, SectionRule, register_family
+from psa_diffusers.models.cogvideox_attention import CogVideoXPSAProcessor, make_default, read_grid
+from psa_diffusers.models.registry import Family, SectionRule, register_family
 
 UPSTREAM_DIGESTS = {
     "diffusers.models.attention_processor.CogVideoXAttnProcessor2_0": {"87eefdd3d138", "a1ecc57eaf6a"},
     "diffusers.models.attention_processor.FusedCogVideoXAttnProcessor2_0": {"bd0daec7d78d", "5a1c50f8bf40"},
 }
 """Start of the SHA-256 of the source of `__call__` in the diffusers versions that were read and tested."""
-
-
-def read_grid(config: Any, inputs: Mapping[str, Any]) -> Grid | None:
-    """Latents `(B, F, C, H, W)` in patches; 1.5 pads the frames to whole patches."""
-    latents = inputs.get("hidden_states")
-    if latents is None or latents.ndim != 5:
-        return None
-    _, frames, _, height, width = latents.shape
-    return -(-frames // (config.patch_size_t or 1)), height // config.patch_size, width // config.patch_size
 
 
 def _is_demo(config: Any, pipe: Any) -> bool:

@@ -5,12 +5,14 @@ Mirrors `CogVideoXAttnProcessor2_0` and its fused twin of diffusers/models/atten
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from psa_diffusers.models.processor import FamilyProcessor
+from psa_diffusers.models.registry import Grid
 
 
 class CogVideoXPSAProcessor(FamilyProcessor):
@@ -44,16 +46,32 @@ class CogVideoXPSAProcessor(FamilyProcessor):
         q, k, v = (x.unflatten(2, (attn.heads, -1)).transpose(1, 2) for x in (q, k, v))
         q = q if attn.norm_q is None else attn.norm_q(q)
         k = k if attn.norm_k is None else attn.norm_k(k)
-        if image_rotary_emb is not None:
-            from diffusers.models.embeddings import apply_rotary_emb
-
-            # projections are written in place, as upstream does: they belong to nobody else
-            q[:, :, text:] = apply_rotary_emb(q[:, :, text:], image_rotary_emb)
-            k[:, :, text:] = apply_rotary_emb(k[:, :, text:], image_rotary_emb)
-
+        rotate_behind(text, (q, k), image_rotary_emb)
         out = self.sparse(q, k, v, text_tokens=text)
         out = attn.to_out[1](attn.to_out[0](out.transpose(1, 2).flatten(2)))
         return out[:, text:], out[:, :text]
+
+
+def rotate_behind(text: int, projections: tuple[Tensor, ...], rotary: tuple[Tensor, Tensor] | None) -> None:
+    """Rotate the video behind so many text tokens in ``[B, H, L, D]``.
+
+    In place, as upstream: projections belong to nobody else.
+    """
+    if rotary is not None:
+        from diffusers.models.embeddings import apply_rotary_emb
+
+        for x in projections:
+            x[:, :, text:] = apply_rotary_emb(x[:, :, text:], rotary)
+
+
+def read_grid(config: Any, inputs: Mapping[str, Any]) -> Grid | None:
+    """Latents ``[B, F, C, H, W]`` in patches; CogVideoX 1.5 pads the frames to whole patches."""
+    latents = inputs.get("hidden_states")
+    if latents is None or latents.ndim != 5:
+        return None
+    _, frames, _, height, width = latents.shape
+    depth = getattr(config, "patch_size_t", None) or 1
+    return -(-frames // depth), height // config.patch_size, width // config.patch_size
 
 
 def make_default(config: Any, path: str, attn: nn.Module) -> Any:

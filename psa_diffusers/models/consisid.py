@@ -2,23 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
-from psa_diffusers.models.cogvideox_attention import CogVideoXPSAProcessor, make_default
-from psa_diffusers.models.registry import Family, Grid, SectionRule, register_family
+from psa_diffusers.models.cogvideox_attention import CogVideoXPSAProcessor, make_default, read_grid
+from psa_diffusers.models.registry import Family, SectionRule, register_family
 
 UPSTREAM_DIGESTS: dict[str, set[str]] = {}
 """Its attention is that of cogvideox.py."""
-
-
-def read_grid(config: Any, inputs: Mapping[str, Any]) -> Grid | None:
-    """Latents ``[B, F, C, H, W]`` in patches."""
-    latents = inputs.get("hidden_states")
-    if latents is None or latents.ndim != 5:
-        return None
-    _, frames, _, height, width = latents.shape
-    return frames, height // config.patch_size, width // config.patch_size
 
 
 register_family(

@@ -5,17 +5,18 @@ Mirrors `EasyAnimateAttnProcessor2_0` of diffusers/models/transformers/transform
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
+from psa_diffusers.models.cogvideox_attention import rotate_behind
 from psa_diffusers.models.grid import read_latents
+from psa_diffusers.models.joint_attention import norm, project_back
 from psa_diffusers.models.processor import FamilyProcessor
-from psa_diffusers.models.registry import Family, SectionRule, register_family
+from psa_diffusers.models.registry import Family, SectionRule, make_instance_of, register_family
 
+UPSTREAM = "diffusers.models.transformers.transformer_easyanimate.EasyAnimateAttnProcessor2_0"
 UPSTREAM_DIGESTS = {
-    "diffusers.models.transformers.transformer_easyanimate.EasyAnimateAttnProcessor2_0": {
+    UPSTREAM: {
         "aafa3faa2905",
         "7331664cbe95",
     },
@@ -47,20 +48,9 @@ class EasyAnimatePSAProcessor(FamilyProcessor):
                 image_rotary_emb=image_rotary_emb,
             )
         q, k, v = project(attn, encoder_hidden_states, hidden_states)
-        if image_rotary_emb is not None:
-            from diffusers.models.embeddings import apply_rotary_emb
-
-            # projections are written in place, as upstream does: they belong to nobody else
-            q[:, :, text:] = apply_rotary_emb(q[:, :, text:], image_rotary_emb)
-            k[:, :, text:] = apply_rotary_emb(k[:, :, text:], image_rotary_emb)
-
+        rotate_behind(text, (q, k), image_rotary_emb)
         out = self.sparse(q, k, v, text_tokens=text).transpose(1, 2).flatten(2).to(q.dtype)
-        text, video = out[:, :text], out[:, text:]
-        if getattr(attn, "to_out", None) is not None:
-            video = attn.to_out[1](attn.to_out[0](video))
-        if getattr(attn, "to_add_out", None) is not None:
-            text = attn.to_add_out(text)
-        return video, text
+        return project_back(attn, out[:, text:], out[:, :text])
 
 
 def project(attn: nn.Module, text: Tensor, video: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -68,9 +58,6 @@ def project(attn: nn.Module, text: Tensor, video: Tensor) -> tuple[Tensor, Tenso
 
     def heads_of(tokens: Tensor, *projections: nn.Module) -> list[Tensor]:
         return [to(tokens).unflatten(2, (attn.heads, -1)).transpose(1, 2) for to in projections]
-
-    def norm(module: nn.Module | None, x: Tensor) -> Tensor:
-        return x if module is None else module(x)
 
     has_two_streams = attn.add_q_proj is not None
     tokens = video if has_two_streams else torch.cat([text, video], dim=1)
@@ -83,12 +70,6 @@ def project(attn: nn.Module, text: Tensor, video: Tensor) -> tuple[Tensor, Tenso
     return q, k, v
 
 
-def make_default(config: Any, path: str, attn: nn.Module) -> Any:
-    from diffusers.models.transformers.transformer_easyanimate import EasyAnimateAttnProcessor2_0
-
-    return EasyAnimateAttnProcessor2_0()
-
-
 register_family(
     Family(
         name="EasyAnimate",
@@ -98,7 +79,7 @@ register_family(
         text_first=True,
         sections=(SectionRule("EasyAnimate", 48, 48),),
         processor=EasyAnimatePSAProcessor,
-        make_default=make_default,
+        make_default=make_instance_of(UPSTREAM),
         pipelines=("EasyAnimatePipeline", "EasyAnimateInpaintPipeline", "EasyAnimateControlPipeline"),
     )
 )

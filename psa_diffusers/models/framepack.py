@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from psa_diffusers.models.grid import read_latents
-from psa_diffusers.models.joint_attention import JointPSAProcessor, make_hunyuan_default
+from psa_diffusers.models.joint_attention import UPSTREAM, JointPSAProcessor, make_default_of
 from psa_diffusers.models.registry import Family, SectionRule, register_family
 
 UPSTREAM_DIGESTS: dict[str, set[str]] = {}
@@ -38,7 +38,7 @@ register_family(
         read_text=read_text,
         sections=(SectionRule("Framepack", 24, 20),),
         processor=FramepackPSAProcessor,
-        make_default=make_hunyuan_default,
+        make_default=make_default_of(UPSTREAM),
         pipelines=("HunyuanVideoFramepackPipeline",),
         sparse="the attention of both kinds of blocks over the window that is being made",
         dense="the history: it has no one grid, so it reads, and is read, at full resolution",

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from psa_diffusers.models.grid import read_latents
 from psa_diffusers.models.processor import FamilyProcessor
 from psa_diffusers.models.registry import Family, SectionRule, register_family
+from psa_diffusers.models.wan_attention import project
 
 UPSTREAM_DIGESTS = {
     "diffusers.models.transformers.transformer_helios.HeliosAttnProcessor": {"cee6afffceee"},
@@ -36,12 +37,7 @@ class HeliosPSAProcessor(FamilyProcessor):
         if reason:
             arguments = (hidden_states, encoder_hidden_states, attention_mask, rotary_emb, original_context_length)
             return self.dense(reason, hidden_states.shape[1], attn, *arguments)
-        if getattr(attn, "fused_projections", False):
-            q, k, v = attn.to_qkv(hidden_states).chunk(3, dim=-1)
-        else:
-            q, k, v = attn.to_q(hidden_states), attn.to_k(hidden_states), attn.to_v(hidden_states)
-        q, k = attn.norm_q(q), attn.norm_k(k)
-        q, k, v = (x.unflatten(2, (attn.heads, -1)) for x in (q, k, v))
+        q, k, v = project(attn, hidden_states)
         if rotary_emb is not None:
             from diffusers.models.transformers.transformer_helios import apply_rotary_emb_transposed
 

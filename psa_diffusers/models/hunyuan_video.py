@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from psa_diffusers.models.grid import read_latents
-from psa_diffusers.models.joint_attention import JointPSAProcessor, make_hunyuan_default, read_mask
+from psa_diffusers.models.joint_attention import UPSTREAM, JointPSAProcessor, make_default_of, read_mask
 from psa_diffusers.models.registry import Family, SectionRule, register_family
 
 UPSTREAM_DIGESTS = {
-    "diffusers.models.transformers.transformer_hunyuan_video.HunyuanVideoAttnProcessor2_0": {
+    UPSTREAM: {
         "ebe29de77eba",
         "79744a7e109e",
         "9d2e9a44e1dc",
@@ -26,7 +26,7 @@ register_family(
         read_text=read_mask,
         sections=(SectionRule("HunyuanVideo", 24, 20),),
         processor=JointPSAProcessor,
-        make_default=make_hunyuan_default,
+        make_default=make_default_of(UPSTREAM),
         pipelines=(
             "HunyuanVideoPipeline",
             "HunyuanVideoImageToVideoPipeline",

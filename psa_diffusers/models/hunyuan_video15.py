@@ -6,14 +6,15 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from psa_diffusers.models.grid import read_latents
-from psa_diffusers.models.joint_attention import JointPSAProcessor
+from psa_diffusers.models.joint_attention import JointPSAProcessor, make_default_of
 from psa_diffusers.models.registry import Family, SectionRule, register_family
 
+UPSTREAM = "diffusers.models.transformers.transformer_hunyuan_video15.HunyuanVideo15AttnProcessor2_0"
 UPSTREAM_DIGESTS = {
-    "diffusers.models.transformers.transformer_hunyuan_video15.HunyuanVideo15AttnProcessor2_0": {
+    UPSTREAM: {
         "726352c34114",
         "7bb9b09c8f4a",
     },
@@ -29,13 +30,6 @@ def read_text(config: Any, inputs: Mapping[str, Any]) -> Tensor:
     return (lengths + image.shape[1] * torch.any(image != 0)).cpu()
 
 
-def make_default(config: Any, path: str, attn: nn.Module) -> Any:
-    from diffusers.models.attention_processor import AttnProcessor2_0
-    from diffusers.models.transformers.transformer_hunyuan_video15 import HunyuanVideo15AttnProcessor2_0
-
-    return AttnProcessor2_0() if "token_refiner" in path else HunyuanVideo15AttnProcessor2_0()
-
-
 register_family(
     Family(
         name="HunyuanVideo 1.5",
@@ -46,7 +40,7 @@ register_family(
         read_text=read_text,
         sections=(SectionRule("HunyuanVideo1.5", 16, 54),),
         processor=JointPSAProcessor,
-        make_default=make_default,
+        make_default=make_default_of(UPSTREAM),
         pipelines=("HunyuanVideo15Pipeline", "HunyuanVideo15ImageToVideoPipeline"),
         sparse="the attention of every block, over video and valid text; padding is left out, and no mask made of it",
     )

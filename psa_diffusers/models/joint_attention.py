@@ -7,13 +7,17 @@ padding is left out of the sequence, so no mask is needed, and that of HunyuanVi
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from psa_diffusers.models.processor import FamilyProcessor
+from psa_diffusers.models.registry import make_instance_of
+
+UPSTREAM = "diffusers.models.transformers.transformer_hunyuan_video.HunyuanVideoAttnProcessor2_0"
+"""The processor of HunyuanVideo and Framepack."""
 
 
 class JointPSAProcessor(FamilyProcessor):
@@ -55,16 +59,21 @@ class JointPSAProcessor(FamilyProcessor):
 
         out = out.transpose(1, 2)
         out = roll(out, out.shape[1] - text - context, out.shape[1] - text).flatten(2)
-        video, text = out[:, :-text], out[:, -text:]
-        if getattr(attn, "to_out", None) is not None:
-            video = attn.to_out[1](attn.to_out[0](video))
-        if getattr(attn, "to_add_out", None) is not None:
-            text = attn.to_add_out(text)
-        return video, text
+        return project_back(attn, out[:, :-text], out[:, -text:])
+
+
+def rotate(x: Tensor, rotary: tuple[Tensor, Tensor] | None) -> Tensor:
+    from diffusers.models.embeddings import apply_rotary_emb
+
+    return x if rotary is None else apply_rotary_emb(x, rotary, sequence_dim=1)
 
 
 def project(
-    attn: nn.Module, video: Tensor, text: Tensor, rotary: tuple[Tensor, Tensor] | None
+    attn: nn.Module,
+    video: Tensor,
+    text: Tensor,
+    rotary: tuple[Tensor, Tensor] | None,
+    rotate: Callable[[Tensor, Any], Tensor] = rotate,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return q, k and v ``[B, L, H, D]`` of video and then text; only the video is rotated."""
     if attn.add_q_proj is None:
@@ -86,10 +95,13 @@ def norm(module: nn.Module | None, x: Tensor) -> Tensor:
     return x if module is None else module(x)
 
 
-def rotate(x: Tensor, rotary: tuple[Tensor, Tensor] | None) -> Tensor:
-    from diffusers.models.embeddings import apply_rotary_emb
-
-    return x if rotary is None else apply_rotary_emb(x, rotary, sequence_dim=1)
+def project_back(attn: nn.Module, video: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the outputs of a block; those with one stream project later."""
+    if getattr(attn, "to_out", None) is not None:
+        video = attn.to_out[1](attn.to_out[0](video))
+    if getattr(attn, "to_add_out", None) is not None:
+        text = attn.to_add_out(text)
+    return video, text
 
 
 def roll(x: Tensor, first: int, end: int) -> Tensor:
@@ -110,9 +122,12 @@ def read_mask(config: Any, inputs: Mapping[str, Any]) -> Tensor | None:
     return inputs["encoder_attention_mask"].sum(1, dtype=torch.int).cpu()
 
 
-def make_hunyuan_default(config: Any, path: str, attn: nn.Module) -> Any:
-    """The processor of HunyuanVideo's blocks, and that of the refiner in front of them, which sees text only."""
-    from diffusers.models.attention_processor import AttnProcessor2_0
-    from diffusers.models.transformers.transformer_hunyuan_video import HunyuanVideoAttnProcessor2_0
+def make_default_of(upstream: str) -> Callable[[Any, str, nn.Module], Any]:
+    """`make_instance_of` for blocks behind a refiner, which sees text only and has a processor of its own."""
+    make = make_instance_of(upstream)
+    make_refiners = make_instance_of("diffusers.models.attention_processor.AttnProcessor2_0")
 
-    return AttnProcessor2_0() if "token_refiner" in path else HunyuanVideoAttnProcessor2_0()
+    def make_default(config: Any, path: str, attn: nn.Module) -> Any:
+        return (make_refiners if "token_refiner" in path else make)(config, path, attn)
+
+    return make_default

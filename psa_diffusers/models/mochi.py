@@ -12,12 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from psa_diffusers.models.grid import read_latents
-from psa_diffusers.models.joint_attention import count_valid
+from psa_diffusers.models.joint_attention import count_valid, project, project_back
 from psa_diffusers.models.processor import FamilyProcessor
-from psa_diffusers.models.registry import Family, SectionRule, register_family
+from psa_diffusers.models.registry import Family, SectionRule, make_instance_of, register_family
 
+UPSTREAM = "diffusers.models.attention_processor.MochiAttnProcessor2_0"
 UPSTREAM_DIGESTS = {
-    "diffusers.models.attention_processor.MochiAttnProcessor2_0": {"78e91a5c57e8", "56050b08e51d"},
+    UPSTREAM: {"78e91a5c57e8", "56050b08e51d"},
 }
 """Start of the SHA-256 of the source of `__call__` in the diffusers versions that were read and tested."""
 
@@ -45,25 +46,18 @@ class MochiPSAProcessor(FamilyProcessor):
                 attention_mask=attention_mask,
                 image_rotary_emb=image_rotary_emb,
             )
-        q, k, v = (to(hidden_states).unflatten(2, (attn.heads, -1)) for to in (attn.to_q, attn.to_k, attn.to_v))
-        q, k = attn.norm_q(q), attn.norm_k(k)
-        if image_rotary_emb is not None:
-            q, k = rotate(q, *image_rotary_emb), rotate(k, *image_rotary_emb)
-        added = (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj)
-        text_q, text_k, text_v = (to(encoder_hidden_states).unflatten(2, (attn.heads, -1)) for to in added)
-        text_q, text_k = attn.norm_added_q(text_q), attn.norm_added_k(text_k)
-        pairs = ((q, text_q), (k, text_k), (v, text_v))
-        q, k, v = (torch.cat(pair, dim=1).transpose(1, 2) for pair in pairs)
-
+        projected = project(attn, hidden_states, encoder_hidden_states, image_rotary_emb, rotate)
+        q, k, v = (x.transpose(1, 2) for x in projected)
         out = self.sparse_padded(q, k, v, text_tokens=text, text_lengths=self.site.text_lengths)
         out = out.transpose(1, 2).flatten(2)
-        video, text = out[:, :-text], out[:, -text:]
-        video = attn.to_out[1](attn.to_out[0](video))
-        return video, attn.to_add_out(text) if hasattr(attn, "to_add_out") else text
+        return project_back(attn, out[:, :-text], out[:, -text:])
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn neighbouring channels of ``[B, L, H, D]`` by the angles of ``[L, H, D / 2]``."""
+def rotate(x: Tensor, rotary: tuple[Tensor, Tensor] | None) -> Tensor:
+    """Turn neighbouring channels of ``[B, L, H, D]`` by angles whose cosines and sines are ``[L, H, D / 2]``."""
+    if rotary is None:
+        return x
+    cos, sin = rotary
     even, odd = x[..., 0::2].float(), x[..., 1::2].float()
     turned = (even * cos - odd * sin).to(x.dtype), (even * sin + odd * cos).to(x.dtype)
     return torch.stack(turned, dim=-1).flatten(-2)
@@ -71,12 +65,6 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 def read_text(config: Any, inputs: Mapping[str, Any]) -> Tensor | None:
     return count_valid(inputs["encoder_attention_mask"])
-
-
-def make_default(config: Any, path: str, attn: nn.Module) -> Any:
-    from diffusers.models.attention_processor import MochiAttnProcessor2_0
-
-    return MochiAttnProcessor2_0()
 
 
 register_family(
@@ -90,7 +78,7 @@ register_family(
         timesteps_rise=True,
         sections=(SectionRule("Mochi", 24, 48),),
         processor=MochiPSAProcessor,
-        make_default=make_default,
+        make_default=make_instance_of(UPSTREAM),
         pipelines=("MochiPipeline",),
         sparse="every self-attention, over video and valid text; padding is left out, as upstream does",
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -132,6 +133,16 @@ CANNOT_GAIN = {
 def attention_paths(denoiser: nn.Module) -> dict[str, nn.Module]:
     """Return all modules by path, as if no block had been compiled on its own."""
     return {name.replace("_orig_mod.", ""): module for name, module in denoiser.named_modules()}
+
+
+def make_instance_of(upstream: str) -> Callable[[Any, str, nn.Module], Any]:
+    """Return a `Family.make_default` where all attentions have one processor class of diffusers, imported when needed.
+
+    Args:
+        upstream: Module and name of the class, with dots.
+    """
+    module, name = upstream.rsplit(".", 1)
+    return lambda config, path, attention: getattr(importlib.import_module(module), name)()
 
 
 def register_family(family: Family) -> Family:

@@ -29,18 +29,23 @@ class WanPSAProcessor(FamilyProcessor):
         if reason:
             tokens = hidden_states.shape[1]
             return self.dense(reason, tokens, attn, hidden_states, encoder_hidden_states, attention_mask, rotary_emb)
-        if getattr(attn, "fused_projections", False):
-            q, k, v = attn.to_qkv(hidden_states).chunk(3, dim=-1)
-        else:
-            q, k, v = attn.to_q(hidden_states), attn.to_k(hidden_states), attn.to_v(hidden_states)
-        q, k = attn.norm_q(q), attn.norm_k(k)
-        q, k, v = (x.unflatten(2, (attn.heads, -1)) for x in (q, k, v))
+        q, k, v = project(attn, hidden_states)
         if rotary_emb is not None:
             q, k = rotate(q, rotary_emb), rotate(k, rotary_emb)
 
         out = self.sparse(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
         out = out.transpose(1, 2).flatten(2).type_as(q)
         return attn.to_out[1](attn.to_out[0](out))
+
+
+def project(attn: nn.Module, tokens: Tensor) -> list[Tensor]:
+    """Return normed q, normed k, and v ``[B, L, H, D]``."""
+    if getattr(attn, "fused_projections", False):
+        q, k, v = attn.to_qkv(tokens).chunk(3, dim=-1)
+    else:
+        q, k, v = attn.to_q(tokens), attn.to_k(tokens), attn.to_v(tokens)
+    q, k = attn.norm_q(q), attn.norm_k(k)
+    return [x.unflatten(2, (attn.heads, -1)) for x in (q, k, v)]
 
 
 def rotate(x: Tensor, angles: tuple[Tensor, Tensor] | Tensor) -> Tensor:
