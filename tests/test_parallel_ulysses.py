@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections import defaultdict
@@ -167,3 +168,17 @@ def test_the_benchmark_runs(tmp_path):
     assert all(line["gpus"] == RANKS and line["relative_l1_to_one"] < 1e-4 for line in lines)
     assert all(len(line["density_by_process"]) == RANKS for line in lines)
     assert lines[0]["density"] == 1 > lines[1]["density"]
+
+
+def test_the_page_quotes_what_was_measured():
+    page = (ROOT / "docs" / "parallel.md").read_text(encoding="utf-8")
+    rows = ["|".join(line.split("|")[2:]) for line in page.splitlines() if line.startswith("|") and " s |" in line]
+    lines = (ROOT / "docs" / "benchmarks" / "parallel.jsonl").read_text(encoding="utf-8").splitlines()
+    names = ("one_s", "several_s", "speedup", "efficiency", "speedup_over_dense_on_one")
+    assert len(rows) == len(lines) == 4
+    for row, line in zip(rows, map(json.loads, lines), strict=True):
+        quoted = re.findall(r"\d*\.?\d+", row)
+        for text, value in zip(quoted, [*line["density_by_process"], *(line[name] for name in names)], strict=True):
+            half = 0.5 * 10.0 ** -len(text.partition(".")[2])
+            assert abs(float(text) - value) <= half + 1e-9, f"{line['attention']}: {text} for {value}"
+        assert line["relative_l1_to_one"] == 0, "the page says: to the bit"
