@@ -4,6 +4,7 @@ import ast
 import functools
 import importlib.util
 import io
+import json
 import re
 import shlex
 import tokenize
@@ -190,3 +191,23 @@ def test_python_in_the_docs_imports_what_exists():
                     module = importlib.import_module(node.module)
                     for alias in node.names:
                         assert hasattr(module, alias.name), f"{name}: {node.module} has no {alias.name}"
+
+
+def test_the_gpu_table_stands_in_the_data():
+    """Each row of docs/benchmarks.md is a measurement, rounded."""
+    lines = (ROOT / "docs/benchmarks/gpu.jsonl").read_text(encoding="utf-8").splitlines()
+    measured = [json.loads(line) for line in lines]
+    known = {
+        (
+            one["shape"], one.get("mix") or one["provider"], f"{one['density']:.3f}", f"{one['relative_l1']:.4f}",
+            f"{one['ms']:.2f}", f"{one['speedup']:.2f}",
+        )
+        for one in measured
+    }  # fmt: skip
+    text = (ROOT / "docs/benchmarks.md").read_text(encoding="utf-8").partition("## GPU")[2]
+    rows = [
+        tuple(cell.strip() for cell in line.strip("|").split("|")[:6]) for line in text.splitlines() if line[:2] == "| "
+    ]
+    rows = [row for row in rows if row[0] != "shape"]
+    assert len(rows) > 30
+    assert [row for row in rows if row not in known] == []
