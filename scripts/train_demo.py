@@ -191,7 +191,7 @@ class Job:
         gradients = Gradients(losses, masters.weights, self.accelerator)
         for step in clock:
             pixels, clips = self.stage(clock.progress)
-            # drawing and encoding clips costs more than a step, so each batch serves several, with new noise
+            # drawing and encoding clips costs as much as a step or more, so each batch serves several, with new noise
             if step % self.size.uses == 0 or not pool or pool[0][2] != pixels:
                 scenes, video = self.clips(clips, frames=self.size.frames, pixels=pixels)
                 with torch.no_grad():
