@@ -283,6 +283,11 @@ def build_pipeline(family: Any, size: Size, vae: nn.Module | None = None) -> Any
     )
 
 
+def is_matrix(name: str, weight: Tensor) -> bool:
+    """Whether a weight of the `Denoiser` multiplies activations inside a block, by its name."""
+    return weight.ndim == 2 and "block" in name and "norm" not in name and "relative" not in name
+
+
 def token_ids(prompts: list[str], length: int, words: Any) -> Tensor:
     """Token ids ``[B, length]`` of prompts, padded."""
     return words(prompts, padding="max_length", max_length=length, truncation=True, return_tensors="pt").input_ids

@@ -38,9 +38,12 @@ class Clock:
         began, told, told_step = time.monotonic() - self.spent, time.monotonic(), self.step
         while True:
             self.spent = time.monotonic() - began
-            self.progress = self._agreed(self.spent / self.budget if self.budget else 1.0)
             if self.by_steps:
                 self.progress = self.step / max(self.limit, 1)
+            elif self.job.accelerator.num_processes == 1:
+                self.progress = self.spent / self.budget if self.budget else 1.0
+            elif self.step % 10 == 0:
+                self.progress = self._agreed(self.spent / self.budget if self.budget else 1.0)
             over = self.progress >= 1 or (self.limit is not None and self.step >= self.limit)
             now = time.monotonic()
             if self._count and (over or now - told >= self.job.args.log_every or self._count >= 200):
@@ -55,9 +58,7 @@ class Clock:
                 self._sum.item()  # do not let the host run ahead of the device, or the clock means nothing
 
     def _agreed(self, progress):
-        """All processes are in the same stage."""
-        if self.job.accelerator.num_processes == 1:
-            return progress
+        """All processes are in the same stage. Asking takes a synchronisation, so not every step."""
         value = torch.tensor(progress, device=self.job.device)
         return self.job.accelerator.reduce(value, "mean").item()
 
@@ -78,14 +79,15 @@ class Clock:
 
 
 class Gradients:
-    """Losses and gradients of a step, on one GPU as a CUDA graph for each shape of the inputs.
+    """Losses and gradients of a step, on a GPU as a CUDA graph for each shape of the inputs.
 
     A miniature's step is a thousand small kernels: launched one by one they leave the GPU idle for most of the time.
+    With several processes each has clips of its own, and gradients are their mean, in one exchange after the graph.
 
     Args:
         function: Takes tensors, returns the loss and whatever else shall be known, all as tensors.
-        weights: Get their gradients, in place of those they had.
-        accelerator: With several processes, or none of them on a GPU, steps run as they are written.
+        weights: Get their gradients, in place of those they had. All processes have to begin with the same ones.
+        accelerator: Says where, and in how many processes.
     """
 
     def __init__(self, function, weights, accelerator):
@@ -93,8 +95,10 @@ class Gradients:
         self.graphs = {}
 
     def __call__(self, *inputs):
-        if self.accelerator.device.type != "cuda" or self.accelerator.num_processes > 1:
-            return self._run(inputs)
+        if self.accelerator.device.type != "cuda":
+            results = self._run(inputs)
+            self._average([weight.grad for weight in self.weights])
+            return results
         key = tuple(value.shape for value in inputs)
         if key not in self.graphs:
             self.graphs[key] = self._capture(inputs)
@@ -102,9 +106,17 @@ class Gradients:
         for place, value in zip(places, inputs, strict=True):
             place.copy_(value)
         graph.replay()
+        self._average(gradients)
+        return [result.clone() for result in results]
+
+    def _average(self, gradients):
+        if self.accelerator.num_processes > 1:
+            used = [gradient for gradient in gradients if gradient is not None]
+            mean = self.accelerator.reduce(torch.cat([gradient.flatten() for gradient in used]), "mean")
+            parts = iter(mean.split([gradient.numel() for gradient in used]))
+            gradients = [None if old is None else next(parts).view_as(old) for old in gradients]
         for weight, gradient in zip(self.weights, gradients, strict=True):
             weight.grad = gradient
-        return [result.clone() for result in results]
 
     def _run(self, inputs):
         for weight in self.weights:
@@ -122,7 +134,7 @@ class Gradients:
                 self._run(places)
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # other threads watch over exchanges
             results = self._run(places)
         return graph, places, results, [weight.grad for weight in self.weights]
 
@@ -139,16 +151,60 @@ def cast(module, dtype):
     return module
 
 
+class Muon(torch.optim.Optimizer):
+    """Muon as in `torch.optim.Muon` with `match_rms_adamw`, for many small matrices: equal shapes go together.
+
+    One matrix at a time is two thousand launches a step here, which takes longer than the step.
+    """
+
+    COEFFICIENTS = 3.4445, -4.7750, 2.0315
+
+    def __init__(self, weights, lr=1e-3, momentum=0.95, weight_decay=0.01):
+        super().__init__(weights, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            shapes = {}
+            for weight in group["params"]:
+                shapes.setdefault(weight.shape, []).append(weight)
+            for shape, weights in shapes.items():
+                grads = [weight.grad for weight in weights]
+                for weight in weights:
+                    if not self.state[weight]:
+                        self.state[weight]["momentum_buffer"] = torch.zeros_like(weight)
+                sums = [self.state[weight]["momentum_buffer"] for weight in weights]
+                torch._foreach_lerp_(sums, grads, 1 - group["momentum"])
+                ahead = torch.stack(torch._foreach_lerp(grads, sums, group["momentum"]))
+                rate = group["lr"] * 0.2 * math.sqrt(max(shape))
+                torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
+                torch._foreach_add_(weights, list(self._orthogonal(ahead).to(ahead.dtype)), alpha=-rate)
+
+    def _orthogonal(self, stack):
+        """Five steps of Newton and Schulz towards the nearest orthogonal matrices ``[N, R, C]``."""
+        a, b, c = self.COEFFICIENTS
+        x = stack.bfloat16()
+        tall = x.shape[1] > x.shape[2]
+        if tall:
+            x = x.mT
+        x = x / x.norm(dim=(1, 2), keepdim=True).clamp_min(1e-7)
+        for _ in range(5):
+            gram = x @ x.mT
+            x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+        return x.mT if tall else x
+
+
 class MasterWeights:
     """Float32 copies of the weights of a model that computes in half precision, AdamW on them, and their average.
 
     Args:
         model: On its device, in float32; it is cast here.
         dtype: What to compute in.
+        matrices: Says by name and weight which of them Muon takes instead.
         average: State of the average to go on with.
     """
 
-    def __init__(self, model, dtype, *, average=None):
+    def __init__(self, model, dtype, *, matrices=lambda name, weight: False, average=None):
         self.model = model
         self.names = [name for name, weight in model.named_parameters() if weight.requires_grad]
         self.masters = [
@@ -159,7 +215,12 @@ class MasterWeights:
         for master in self.masters:
             master.grad = torch.zeros_like(master)
         fused = self.masters[0].device.type == "cuda"
-        self.optimizer = torch.optim.AdamW(self.masters, lr=1.0, betas=(0.9, 0.95), weight_decay=0.01, fused=fused)
+        chosen = [matrices(name, weight) for name, weight in zip(self.names, self.weights, strict=True)]
+        rest = [master for master, taken in zip(self.masters, chosen, strict=True) if not taken]
+        taken = [master for master, taken in zip(self.masters, chosen, strict=True) if taken]
+        self.optimizers = [torch.optim.AdamW(rest, lr=1.0, betas=(0.9, 0.95), weight_decay=0.01, fused=fused)]
+        if taken:
+            self.optimizers.append(Muon(taken))
         self.average = EMAModel(self.masters, decay=0.999, foreach=True)
         if average is not None:
             self.average.load_state_dict(average)
@@ -167,13 +228,14 @@ class MasterWeights:
 
     def step(self, rate):
         """Use the gradients of the model's weights, and clear them."""
-        set_rate(self.optimizer, rate)
         grads = [torch.zeros_like(weight) if weight.grad is None else weight.grad for weight in self.weights]
         torch._foreach_copy_([master.grad for master in self.masters], grads)
         for weight in self.weights:
             weight.grad = None
         torch.nn.utils.clip_grad_norm_(self.masters, 1.0, foreach=True)
-        self.optimizer.step()
+        for optimizer in self.optimizers:
+            set_rate(optimizer, rate)
+            optimizer.step()
         self.average.step(self.masters)
         with torch.no_grad():
             torch._foreach_copy_(self.weights, self.masters)
@@ -183,7 +245,7 @@ class MasterWeights:
         return {
             "model": {name: weight.detach() for name, weight in model.items()},
             "average": self.average.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
         }
 
     def load_average(self):

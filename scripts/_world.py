@@ -156,7 +156,7 @@ def draw_scene(rng: random.Random, *, held_out: bool = False) -> Scene:
                 break
         things = (first, second)
     texture = rng.choice(TEXTURES)
-    camera = rng.choice(("left", "right")) if texture != "plain" and rng.random() < 0.3 else None
+    camera = rng.choice(("left", "right")) if texture != "plain" and rng.random() < 0.4 else None
     count = rng.choice((2, 3)) if kind == "many" else 1
     return Scene(kind, things, count, rng.choice(list(GROUNDS)), texture, camera)
 
@@ -186,10 +186,10 @@ def _place(scene: Scene, rng: random.Random) -> list[tuple[Thing, float, float, 
     first = scene.things[0]
     if scene.kind == "one":
         along = near(0.5, 0.2) if first.motion == "still" else near(0.5, 0.05)
-        return [path(first, near(0.5, 0.25), along, near(0.5, 0.05), near(0.14, 0.02))]
+        return [path(first, near(0.5, 0.25), along, near(0.5, 0.05), near(0.18, 0.02))]
     if scene.kind == "many":
         lanes = (0.28, 0.72) if scene.count == 2 else (0.18, 0.5, 0.82)
-        radius = near(0.12, 0.01) if scene.count == 2 else near(0.105, 0.01)
+        radius = near(0.16, 0.01) if scene.count == 2 else near(0.125, 0.01)
         way = near(0.5, 0.05)
         return [path(first, near(lane, 0.02), near(0.5, 0.06), way, radius) for lane in lanes]
     if scene.kind == "pair":
@@ -197,12 +197,12 @@ def _place(scene: Scene, rng: random.Random) -> list[tuple[Thing, float, float, 
         lanes = [0.27, 0.73]
         rng.shuffle(lanes)
         return [
-            path(thing, near(lane, 0.03), near(0.5, 0.06), near(0.5, 0.05), near(0.13, 0.015))
+            path(thing, near(lane, 0.03), near(0.5, 0.06), near(0.5, 0.05), near(0.165, 0.015))
             for thing, lane in zip(scene.things, lanes, strict=True)
         ]
-    back = path(scene.things[1], near(0.5, 0.04), near(0.5, 0.04), 0, near(0.155, 0.01))
+    back = path(scene.things[1], near(0.5, 0.03), near(0.5, 0.03), 0, near(0.175, 0.01))
     middle = back[2] if MOTIONS[first.motion][0] else back[1]
-    return [back, path(first, near(middle, 0.03), near(0.5, 0.02), 0.66, near(0.115, 0.01))]
+    return [back, path(first, near(middle, 0.03), near(0.5, 0.01), 0.7, near(0.13, 0.01))]
 
 
 def pack(scenes: list[Scene], rng: random.Random) -> dict[str, torch.Tensor]:

@@ -32,6 +32,7 @@ def parse(argv=None):
     parser.add_argument("--keep_vae", action="store_true", help="do not train the VAE of --init any further")
     parser.add_argument("--max_steps", type=int, help="stop each part after so many steps, whatever the clock says")
     parser.add_argument("--compile", action="store_true", help="compile the blocks: faster steps, a slower start")
+    parser.add_argument("--optimizer", choices=("muon", "adamw"), default="muon", help="of the blocks' matrices")
     parser.add_argument("--learning_rate", type=float, help="highest one of the transformer (default: the preset's)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--cpu", action="store_true", help="train on the CPU even if there is a GPU")
@@ -117,7 +118,7 @@ class Job:
         if self.args.keep_vae or self.state.get("vae_done"):
             return
         vae.train()
-        trained = self.accelerator.prepare(_miniature.AutoEncoder(vae))
+        trained = _miniature.AutoEncoder(vae)
         optimizer = torch.optim.AdamW(vae.parameters(), lr=1.0, betas=(0.9, 0.99), weight_decay=0.0)
         frames = min(17, self.size.frames)
         clock = Clock(self, "vae", self.args.vae_minutes)
@@ -174,18 +175,22 @@ class Job:
         if self.args.compile:
             for block in getattr(self.pipe.transformer, "transformer_blocks", None) or self.pipe.transformer.blocks:
                 block.compile(dynamic=False)
-        masters = MasterWeights(model.to(self.device), self.dtype, average=self.state.get("average"))
-        if "optimizer" in self.state:
-            masters.optimizer.load_state_dict(self.state["optimizer"])
+        masters = MasterWeights(
+            model.to(self.device),
+            self.dtype,
+            matrices=_miniature.is_matrix if self.args.optimizer == "muon" else (lambda name, weight: False),
+            average=self.state.get("average"),
+        )
+        for optimizer, state in zip(masters.optimizers, self.state.get("optimizers", ()), strict=False):
+            optimizer.load_state_dict(state)
         model.train()
-        trained = self.accelerator.prepare(model)
         peak = self.args.learning_rate or self.size.learning_rate
         clock = Clock(self, "transformer", self.args.minutes)
         self.masters = masters
         extras, saved, pool = {}, time.monotonic(), []
 
         def losses(ids, noisy, timesteps, target):
-            predicted = trained(ids, noisy.to(self.dtype), timesteps, extras[noisy.shape])
+            predicted = model(ids, noisy.to(self.dtype), timesteps, extras[noisy.shape])
             return ((predicted.float() - target).square().mean(),)
 
         gradients = Gradients(losses, masters.weights, self.accelerator)
