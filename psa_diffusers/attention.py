@@ -91,17 +91,17 @@ def _run(q, k, v, preset: PSAPreset, grid, text_tokens, text_first, scale, backe
     with torch.no_grad():
         importance = column.block_importance(q, k, layout, preset.importance, scale, pyramid)
         cap = column.key_cosine_cap(k, layout, _cosine_thresholds(preset)) if preset.use_sim_mask else None
-        level_map = column.assign_block_levels(
+        schedule = column.plan_blocks(
             importance,
             layout,
             preset.levels,
             preset.mask_mode,
+            preset.factors,
             min_full_ratio=preset.min_full_ratio,
             cap=cap,
             finite=pyramid.finite,
         )
-        schedule = column.make_schedule(level_map, preset.factors, preset.block_n)
-        del importance, level_map  # not to be held while the output is made
+        del importance  # not to be held while the output is made
     out = column.attend(q, k, v, pyramid, schedule, layout, scale=scale, variance_cap=KEY_VARIANCE_CAP)
     return out, schedule
 

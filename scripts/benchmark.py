@@ -153,11 +153,10 @@ class Case:
         return self.column.block_importance(self.q, self.k, self.layout, self.preset.importance, self.scale, pyramid)
 
     def schedule(self, importance, pyramid):
-        level_map = self.column.assign_block_levels(
-            importance, self.layout, self.preset.levels, self.preset.mask_mode,
+        return self.column.plan_blocks(
+            importance, self.layout, self.preset.levels, self.preset.mask_mode, self.preset.factors,
             min_full_ratio=self.preset.min_full_ratio, finite=pyramid.finite,
         )  # fmt: skip
-        return self.column.make_schedule(level_map, self.preset.factors, self.preset.block_n)
 
     def attend(self, pyramid, schedule):
         return self.column.attend(

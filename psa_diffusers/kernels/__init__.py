@@ -4,7 +4,7 @@ from psa_diffusers.kernels.attend import attend
 from psa_diffusers.kernels.importance import block_importance
 from psa_diffusers.kernels.levels import assign_block_levels, key_cosine_cap
 from psa_diffusers.kernels.pyramid import build_pyramid, fit_tilt
-from psa_diffusers.kernels.schedule import make_schedule
+from psa_diffusers.kernels.schedule import make_schedule, plan_blocks
 
 __all__ = [
     "assign_block_levels",
@@ -14,4 +14,5 @@ __all__ = [
     "fit_tilt",
     "key_cosine_cap",
     "make_schedule",
+    "plan_blocks",
 ]

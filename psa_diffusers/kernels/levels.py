@@ -36,26 +36,57 @@ def assign_block_levels(
     Returns:
         Level map ``[B, H, M, N]`` int16: the factor, or 0 = skip.
     """
+    check_row(importance.shape[3], layout.block_n)
+    level_map = torch.empty(importance.shape, dtype=torch.int16, device=importance.device)
+    if mode == "topk":
+        select_levels(importance, layout, levels, cap, finite, level_map, None, None, ())
+    else:
+        _sort_levels(importance, layout, levels, min_full_ratio, cap, finite, level_map)
+    return level_map
+
+
+def select_levels(
+    importance: Tensor,
+    layout: Layout,
+    levels: tuple[tuple[int, float], ...],
+    cap: Tensor | None,
+    finite: Tensor | None,
+    level_map: Tensor | None,
+    block_ids: Tensor | None,
+    offsets: Tensor | None,
+    factors: tuple[int, ...],
+) -> None:
+    """Fill a level map by rank, or without one the lists of a schedule of ``factors``. As `assign_block_levels`."""
     batch, heads, num_q, num_k = importance.shape
     ranked = layout.video_key_blocks
-    check_row(num_k, layout.block_n)
-    if mode == "topk":
-        full = 1
-        bounds = tuple(float(round(bound * ranked)) for _, bound in levels[:-1])
-    else:
-        full = max(1, -int(-min_full_ratio * ranked // 1))
-        bounds = tuple(float(bound) for _, bound in levels[:-1])
-    unused = level_map = torch.empty(importance.shape, dtype=torch.int16, device=importance.device)
+    size = max(16, triton.next_power_of_2(num_k))
+    unused = importance
+    with on_device(importance):
+        _select_kernel[(num_q, batch * heads)](
+            importance.contiguous(), unused if cap is None else cap, unused if finite is None else finite,
+            block_ids if level_map is None else level_map, unused if offsets is None else offsets,
+            tuple(float(round(bound * ranked)) for _, bound in levels[:-1]),
+            num_k, layout.video_query_blocks, ranked,
+            LEVELS=tuple(factor for factor, _ in levels), FACTORS=tuple(factors), TO_MAP=level_map is not None,
+            HAS_CAP=cap is not None, HAS_FINITE=finite is not None, SIZE=size,
+            num_warps=row_warps(size, 1024), enable_fp_fusion=True,
+        )  # fmt: skip
+
+
+def _sort_levels(importance, layout, levels, min_full_ratio, cap, finite, level_map) -> None:
+    """Fill a level map by cumulative importance, as `assign_block_levels`."""
+    batch, heads, num_q, num_k = importance.shape
+    ranked = layout.video_key_blocks
     size = max(16, triton.next_power_of_2(num_k))
     with on_device(importance):
-        _levels_kernel[(num_q, batch * heads)](
-            importance.contiguous(), unused if cap is None else cap, unused if finite is None else finite, level_map,
-            bounds, num_k, layout.video_query_blocks, ranked, full,
-            FACTORS=tuple(factor for factor, _ in levels), TOPK=mode == "topk",
+        _sort_kernel[(num_q, batch * heads)](
+            importance.contiguous(), level_map if cap is None else cap, level_map if finite is None else finite,
+            level_map, tuple(float(bound) for _, bound in levels[:-1]),
+            num_k, layout.video_query_blocks, ranked, max(1, -int(-min_full_ratio * ranked // 1)),
+            LEVELS=tuple(factor for factor, _ in levels),
             HAS_CAP=cap is not None, HAS_FINITE=finite is not None, SIZE=size,
-            num_warps=row_warps(size), enable_fp_fusion=True,
+            num_warps=row_warps(size, 512), enable_fp_fusion=True,
         )  # fmt: skip
-    return level_map
 
 
 def check_row(num_blocks: int, block_n: int) -> None:
@@ -94,11 +125,118 @@ def key_cosine_cap(k: Tensor, layout: Layout, thresholds: tuple[tuple[int, float
     return cap
 
 
+@triton.jit(do_not_specialize=["num_blocks", "video_rows", "num_ranked"])
+def _select_kernel(
+    importance_ptr, cap_ptr, finite_ptr,        # [B, H, M, N] [B, H, N] [B, H]
+    out_ptr, offsets_ptr,                       # [B, H, M, N] level map or block ids; [B, H, M, F + 1], not with TO_MAP
+    BOUNDS, num_blocks, video_rows, num_ranked,  # ranks at which a level ends
+    LEVELS: tl.constexpr, FACTORS: tl.constexpr,  # factors, finest first; ascending and without 0
+    TO_MAP: tl.constexpr, HAS_CAP: tl.constexpr, HAS_FINITE: tl.constexpr, SIZE: tl.constexpr,
+):  # fmt: skip
+    """One row of blocks: which are above each bound, then the map or the lists. Grid: (M, B * H)."""
+    i_m = tl.program_id(0)
+    i_bh = tl.program_id(1).to(tl.int64)
+    row = i_bh * tl.num_programs(0) + i_m
+    o_n = tl.arange(0, SIZE)
+    is_ranked = o_n < num_ranked
+    importance = tl.load(importance_ptr + row * num_blocks + o_n, mask=is_ranked, other=0.0)
+    all_full = _reads_all(importance, finite_ptr, i_bh, i_m, video_rows, HAS_FINITE)
+    key = tl.where(is_ranked, _ordered(tl.where(all_full, 0.0, importance)), -0x80000000)
+    highest = tl.max(key, 0)
+    lowest = tl.min(tl.where(is_ranked, key, highest), 0)
+    factor = tl.full([SIZE], LEVELS[0], tl.int32)
+    for level in tl.static_range(1, len(LEVELS)):
+        inside = _largest(key, tl.cast(BOUNDS[level - 1], tl.int32), lowest, highest, num_ranked)
+        factor = tl.where(inside, factor, LEVELS[level])
+    # the first block is read in full, whatever the levels say
+    factor = tl.where(o_n == tl.min(tl.where(key == highest, o_n, SIZE), 0), 1, factor)
+    if HAS_CAP:
+        cap = tl.load(cap_ptr + i_bh * num_blocks + o_n, mask=is_ranked, other=1)
+        factor = tl.minimum(factor, cap.to(tl.int32))
+    # text columns, and all of a text row
+    factor = tl.where(all_full | (o_n >= num_ranked), 1, factor)
+    out_ptr += row * num_blocks
+    if TO_MAP:
+        tl.store(out_ptr + o_n, factor.to(tl.int16), mask=o_n < num_blocks)
+    else:
+        write_lists(tl.where(o_n < num_blocks, factor, 0), out_ptr, offsets_ptr, row, FACTORS, SIZE)
+
+
+@triton.jit
+def _largest(key, count, lowest, highest, total):
+    """Which of ``key`` are the ``count`` largest, of equal ones the first; ``total`` of them lie in lowest … highest.
+
+    Halves the range of the threshold until it parts as many as are wanted, which random numbers need a dozen rounds
+    for, or until it is a single number, which ties need.
+    """
+    high = highest + 1
+    low = tl.where(count > 0, lowest, high)
+    reached = tl.where(count > 0, total, 0)  # keys from low on, at least count
+    above = 0  # keys from high on, less than count
+    middle = (low & high) + ((low ^ high) >> 1)  # the sum of both may pass 2**31
+    while (reached != count) & (middle != low):
+        number = tl.sum((key >= middle).to(tl.int32), 0)
+        enough = number >= count
+        low = tl.where(enough, middle, low)
+        reached = tl.where(enough, number, reached)
+        high = tl.where(enough, high, middle)
+        above = tl.where(enough, above, number)
+        middle = (low & high) + ((low ^ high) >> 1)
+    inside = key >= low
+    if reached != count:
+        tied = (key == low).to(tl.int32)
+        inside = (key > low) | ((tied > 0) & (tl.cumsum(tied, 0) <= count - above))
+    return inside
+
+
+@triton.jit
+def write_lists(level, block_ids_ptr, offsets_ptr, row, FACTORS: tl.constexpr, SIZE: tl.constexpr):
+    """The blocks of one row grouped by factor, ``level [SIZE]`` with 0 past the row's end: a counting sort."""
+    offsets_ptr += row * (len(FACTORS) + 1)
+    tl.store(offsets_ptr, 0)
+    place = tl.full([SIZE], -1, tl.int32)
+    start = 0
+    for f in tl.static_range(0, len(FACTORS), 2):
+        # two factors are counted at once, one in each half of a number
+        one = (level == FACTORS[f]).to(tl.int32)
+        two = tl.zeros([SIZE], tl.int32)
+        if f + 1 < len(FACTORS):
+            two = (level == FACTORS[f + 1]).to(tl.int32)
+        both = one + (two << 16)
+        running = tl.cumsum(both, 0)
+        number = tl.sum(both, 0)
+        place = tl.where(one > 0, start + (running & 0xFFFF) - 1, place)
+        start += number & 0xFFFF
+        tl.store(offsets_ptr + f + 1, start)
+        if f + 1 < len(FACTORS):
+            place = tl.where(two > 0, start + (running >> 16) - 1, place)
+            start += number >> 16
+            tl.store(offsets_ptr + f + 2, start)
+    o_n = tl.arange(0, SIZE)
+    tl.store(block_ids_ptr + place, o_n.to(block_ids_ptr.dtype.element_ty), mask=place >= 0)
+
+
+@triton.jit
+def _reads_all(importance, finite_ptr, i_bh, i_m, video_rows, HAS_FINITE: tl.constexpr):
+    """Whether a row reads everything at factor 1: a text row, or one with a number that is not finite."""
+    all_full = (i_m >= video_rows) | (tl.min((tl.abs(importance) < float("inf")).to(tl.int32), 0) == 0)
+    if HAS_FINITE:
+        all_full = all_full | (tl.load(finite_ptr + i_bh).to(tl.int32) == 0)
+    return all_full
+
+
+@triton.jit
+def _ordered(x):
+    """Floats as integers of the same order; -0 becomes 0."""
+    bits = (x + 0.0).to(tl.int32, bitcast=True)
+    return tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
+
+
 @triton.jit(do_not_specialize=["num_blocks", "video_rows", "num_ranked", "full"])
-def _levels_kernel(
+def _sort_kernel(
     importance_ptr, cap_ptr, finite_ptr, level_map_ptr,  # [B, H, M, N] [B, H, N] [B, H] [B, H, M, N]
-    BOUNDS, num_blocks, video_rows, num_ranked, full,    # ranks (topk) or cumulative shares at which a level ends
-    FACTORS: tl.constexpr, TOPK: tl.constexpr, HAS_CAP: tl.constexpr, HAS_FINITE: tl.constexpr, SIZE: tl.constexpr,
+    BOUNDS, num_blocks, video_rows, num_ranked, full,    # cumulative shares at which a level ends
+    LEVELS: tl.constexpr, HAS_CAP: tl.constexpr, HAS_FINITE: tl.constexpr, SIZE: tl.constexpr,
 ):  # fmt: skip
     """One row of blocks, sorted on the chip. Grid: (M, B * H)."""
     i_m = tl.program_id(0)
@@ -108,29 +246,22 @@ def _levels_kernel(
     # text columns, and all of a text row
     tl.store(level_map_ptr + row + o_n, tl.full([SIZE], 1, tl.int16), mask=(o_n < num_blocks) & (o_n >= num_ranked))
     importance = tl.load(importance_ptr + row + o_n, mask=o_n < num_ranked, other=0.0)
-    all_full = (i_m >= video_rows) | (tl.min((tl.abs(importance) < float("inf")).to(tl.int32), 0) == 0)
-    if HAS_FINITE:
-        all_full = all_full | (tl.load(finite_ptr + i_bh).to(tl.int32) == 0)
+    all_full = _reads_all(importance, finite_ptr, i_bh, i_m, video_rows, HAS_FINITE)
 
-    # floats as integers of the same order, largest first, and below them the index, which breaks ties; -0 becomes 0
-    bits = (importance + 0.0).to(tl.int32, bitcast=True)
-    ordered = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
-    entry = ((-1 - ordered.to(tl.int64)) << 32) | o_n.to(tl.int64)
+    # largest first, and below them the index, which breaks ties
+    entry = ((-1 - _ordered(importance).to(tl.int64)) << 32) | o_n.to(tl.int64)
     entry = tl.where(o_n < num_ranked, entry, 0x7FFFFFFFFFFFFFFF)
     entry = tl.sort(entry)
     column = (entry & 0xFFFFFFFF).to(tl.int32)
-    if TOPK:
-        position = o_n.to(tl.float32)
-    else:
-        ordered = (-1 - (entry >> 32)).to(tl.int32)
-        share = tl.where(ordered < 0, ordered ^ 0x7FFFFFFF, ordered).to(tl.float32, bitcast=True)
-        share = tl.where(o_n < num_ranked, share, 0.0)
-        # mass before the block, so that the block which crosses a bound is on the finer side; an exact
-        # division, or a row whose mass meets a bound would depend on the chip
-        position = tl.div_rn(tl.cumsum(share, 0) - share, tl.maximum(tl.sum(importance, 0), 1.1754943508222875e-38))
-    factor = tl.full([SIZE], FACTORS[0], tl.int32)
-    for level in tl.static_range(1, len(FACTORS)):
-        factor = tl.where(position >= BOUNDS[level - 1], FACTORS[level], factor)
+    ordered = (-1 - (entry >> 32)).to(tl.int32)
+    share = tl.where(ordered < 0, ordered ^ 0x7FFFFFFF, ordered).to(tl.float32, bitcast=True)
+    share = tl.where(o_n < num_ranked, share, 0.0)
+    # mass before the block, so that the block which crosses a bound is on the finer side; an exact
+    # division, or a row whose mass meets a bound would depend on the chip
+    position = tl.div_rn(tl.cumsum(share, 0) - share, tl.maximum(tl.sum(importance, 0), 1.1754943508222875e-38))
+    factor = tl.full([SIZE], LEVELS[0], tl.int32)
+    for level in tl.static_range(1, len(LEVELS)):
+        factor = tl.where(position >= BOUNDS[level - 1], LEVELS[level], factor)
     factor = tl.where(o_n < full, 1, factor)
     if HAS_CAP:
         cap = tl.load(cap_ptr + i_bh * num_blocks + column, mask=o_n < num_ranked, other=1)

@@ -6,8 +6,9 @@ import triton.language as tl
 from torch import Tensor
 
 from psa_diffusers.kernels.launch import on_device
-from psa_diffusers.kernels.levels import check_row
+from psa_diffusers.kernels.levels import assign_block_levels, check_row, select_levels, write_lists
 from psa_diffusers.kernels.tuning import row_warps
+from psa_diffusers.layout import Layout
 from psa_diffusers.stages.schedule import Schedule, id_dtype
 
 
@@ -20,16 +21,61 @@ def make_schedule(level_map: Tensor, factors: tuple[int, ...], block_n: int) -> 
         block_n: Tokens of a key block before pooling.
     """
     batch, heads, num_q, num_k = level_map.shape
-    check_row(num_k, block_n)
-    block_ids = torch.empty(level_map.shape, dtype=id_dtype(num_k), device=level_map.device)
-    offsets = torch.empty(batch, heads, num_q, len(factors) + 1, dtype=torch.int32, device=level_map.device)
+    schedule = _empty(level_map, factors, block_n)
     size = max(16, triton.next_power_of_2(num_k))
     with on_device(level_map):
         _schedule_kernel[(num_q, batch * heads)](
-            level_map.contiguous(), block_ids, offsets, num_k, FACTORS=tuple(factors), SIZE=size,
-            num_warps=row_warps(size), enable_fp_fusion=True,
+            level_map.contiguous(), schedule.block_ids, schedule.offsets, num_k, FACTORS=tuple(factors), SIZE=size,
+            num_warps=row_warps(size, 512), enable_fp_fusion=True,
         )  # fmt: skip
-    return Schedule(block_ids=block_ids, offsets=offsets, factors=tuple(factors), block_n=block_n)
+    return schedule
+
+
+def plan_blocks(
+    importance: Tensor,
+    layout: Layout,
+    levels: tuple[tuple[int, float], ...],
+    mode: str,
+    factors: tuple[int, ...],
+    *,
+    min_full_ratio: float = 0.06,
+    cap: Tensor | None = None,
+    finite: Tensor | None = None,
+) -> Schedule:
+    """`assign_block_levels` and `make_schedule` in one, see `psa_diffusers.stages.schedule.plan_blocks`.
+
+    By rank one kernel goes from importance to lists, and there is no level map.
+
+    Args:
+        importance: ``[B, H, M, N]`` float32, larger is more important.
+        layout: Where video and text blocks stand.
+        levels: ``(factor, upper bound)`` of the intervals, finest first; factor 0 skips.
+        mode: ``topk`` or ``thresholdbound``.
+        factors: Factors, ascending, that ``levels`` and ``cap`` can give.
+        min_full_ratio: For ``thresholdbound``: at least this share of the blocks is at factor 1.
+        cap: ``[B, H, N]`` largest factor that each key block bears.
+        finite: ``[B, H]`` bool; a head that is not finite reads everything at factor 1.
+    """
+    if mode != "topk":
+        level_map = assign_block_levels(
+            importance, layout, levels, mode, min_full_ratio=min_full_ratio, cap=cap, finite=finite
+        )
+        return make_schedule(level_map, factors, layout.block_n)
+    schedule = _empty(importance, factors, layout.block_n)
+    select_levels(importance, layout, levels, cap, finite, None, schedule.block_ids, schedule.offsets, factors)
+    return schedule
+
+
+def _empty(like: Tensor, factors: tuple[int, ...], block_n: int) -> Schedule:
+    """A schedule to be filled, for a level map or an importance ``[B, H, M, N]``."""
+    batch, heads, num_q, num_k = like.shape
+    check_row(num_k, block_n)
+    return Schedule(
+        block_ids=torch.empty(like.shape, dtype=id_dtype(num_k), device=like.device),
+        offsets=torch.empty(batch, heads, num_q, len(factors) + 1, dtype=torch.int32, device=like.device),
+        factors=tuple(factors),
+        block_n=block_n,
+    )
 
 
 @triton.jit(do_not_specialize=["num_blocks"])
@@ -37,16 +83,8 @@ def _schedule_kernel(
     level_map_ptr, block_ids_ptr, offsets_ptr,  # [B, H, M, N] [B, H, M, N] [B, H, M, F + 1]
     num_blocks, FACTORS: tl.constexpr, SIZE: tl.constexpr,
 ):  # fmt: skip
-    """Counting sort of one row: every block learns its place among those of its factor. Grid: (M, B * H)."""
+    """One row. Grid: (M, B * H)."""
     row = tl.program_id(1).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
     o_n = tl.arange(0, SIZE)
     level = tl.load(level_map_ptr + row * num_blocks + o_n, mask=o_n < num_blocks, other=0).to(tl.int32)
-    offsets_ptr += row * (len(FACTORS) + 1)
-    start = 0
-    tl.store(offsets_ptr, 0)
-    for f in tl.static_range(len(FACTORS)):
-        member = (level == FACTORS[f]).to(tl.int32)
-        place = start + tl.cumsum(member, 0) - 1
-        tl.store(block_ids_ptr + row * num_blocks + place, o_n.to(block_ids_ptr.dtype.element_ty), mask=member > 0)
-        start += tl.sum(member, 0)
-        tl.store(offsets_ptr + f + 1, start)
+    write_lists(level, block_ids_ptr + row * num_blocks, offsets_ptr, row, FACTORS, SIZE)

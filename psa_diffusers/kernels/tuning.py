@@ -146,9 +146,9 @@ def tile_warps(elements: int) -> int:
     return max(1, min(8, elements // 1024))
 
 
-def row_warps(size: int) -> int:
-    """Warps for a program that holds one row of ``size`` block entries."""
-    return max(1, min(16, size // 512))
+def row_warps(size: int, a_warp: int) -> int:
+    """Warps for a program that holds one row of ``size`` block entries, ``a_warp`` of them each."""
+    return max(1, min(16, size // a_warp))
 
 
 @cache

@@ -5,7 +5,7 @@ from psa_diffusers.stages.importance import block_importance
 from psa_diffusers.stages.levels import assign_block_levels, key_cosine_cap
 from psa_diffusers.stages.moments import fit_tilt, moment_importance, tilt_gain
 from psa_diffusers.stages.pyramid import build_pyramid
-from psa_diffusers.stages.schedule import make_schedule
+from psa_diffusers.stages.schedule import make_schedule, plan_blocks
 
 __all__ = [
     "assign_block_levels",
@@ -16,5 +16,6 @@ __all__ = [
     "key_cosine_cap",
     "make_schedule",
     "moment_importance",
+    "plan_blocks",
     "tilt_gain",
 ]

@@ -5,6 +5,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from psa_diffusers.layout import Layout
+from psa_diffusers.stages.levels import assign_block_levels
+
 
 @dataclass(frozen=True, eq=False)
 class Schedule:
@@ -62,6 +65,35 @@ def make_schedule(level_map: Tensor, factors: tuple[int, ...], block_n: int) -> 
         factors=tuple(factors),
         block_n=block_n,
     )
+
+
+def plan_blocks(
+    importance: Tensor,
+    layout: Layout,
+    levels: tuple[tuple[int, float], ...],
+    mode: str,
+    factors: tuple[int, ...],
+    *,
+    min_full_ratio: float = 0.06,
+    cap: Tensor | None = None,
+    finite: Tensor | None = None,
+) -> Schedule:
+    """`assign_block_levels` and `make_schedule` in one: a column may have a shorter way than over the level map.
+
+    Args:
+        importance: ``[B, H, M, N]``, larger is more important.
+        layout: Where video and text blocks stand.
+        levels: ``(factor, upper bound)`` of the intervals, finest first, as ``PSAPreset.levels``; factor 0 skips.
+        mode: ``topk`` or ``thresholdbound``.
+        factors: Factors, ascending, that ``levels`` and ``cap`` can give, as ``PSAPreset.factors``.
+        min_full_ratio: For ``thresholdbound``: at least this share of the blocks is at factor 1.
+        cap: ``[B, H, N]`` largest factor that each key block bears, from `key_cosine_cap`.
+        finite: ``[B, H]`` bool; a head that is not finite reads everything at factor 1.
+    """
+    level_map = assign_block_levels(
+        importance, layout, levels, mode, min_full_ratio=min_full_ratio, cap=cap, finite=finite
+    )
+    return make_schedule(level_map, factors, layout.block_n)
 
 
 def id_dtype(num_blocks: int) -> torch.dtype:

@@ -35,8 +35,8 @@ def all_launches(monkeypatch, head_dim, unit):
         pyramid = kernels.build_pyramid(k, v, layout, preset.factors, key_variance=terms, value_tilt=terms)
         scores = kernels.block_importance(q, k, layout, importance, 0.1)
         cap = kernels.key_cosine_cap(k, layout, ((2, 0.7), (4, 0.65), (8, 0.6))) if terms else None
-        levels = kernels.assign_block_levels(scores, layout, preset.levels, mode, cap=cap, finite=pyramid.finite)
-        schedule = kernels.make_schedule(levels, preset.factors, 128)
+        rule = (preset.levels, mode, preset.factors)
+        schedule = kernels.plan_blocks(scores, layout, *rule, cap=cap, finite=pyramid.finite)
         kernels.attend(q, k, v, pyramid, schedule, layout, scale=0.1, variance_cap=4.0)
 
     def both():

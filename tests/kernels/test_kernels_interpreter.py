@@ -3,12 +3,14 @@
 bfloat16 is left to a GPU: the interpreter computes noise in it.
 """
 
+from dataclasses import replace
+
 import oracle
 import pytest
 import torch
 from budget import assert_within_budget
 
-from psa_diffusers import PSAPreset, psa_attention, pyramid_attention, stages
+from psa_diffusers import PSAPreset, list_presets, load_preset, psa_attention, pyramid_attention, stages
 from psa_diffusers.layout import flat_layout, make_layout
 from psa_diffusers.orders import video_order
 
@@ -205,6 +207,98 @@ def test_levels_are_those_of_the_stage(N, capped, mode, rng):
         assert torch.equal(ours, theirs)
 
 
+def published_levels():
+    """Every rule by rank of the preset file, and what a rule may look like at its edges."""
+    found = {
+        (preset.levels, preset.factors)
+        for section in list_presets()
+        for preset in (load_preset(section, name) for name in list_presets(section))
+        if preset.type == "psa" and preset.mask_mode == "topk"
+    }
+    edges = [((1, 1.0),), ((8, 0.5), (0, 1.0)), ((4, 1.0),), ((1, 0.001), (2, 0.002), (16, 1.0))]
+    return [*sorted(found), *((levels, (1, 2, 4, 8, 16)) for levels in edges)]
+
+
+def test_lists_by_every_published_rule_are_those_of_the_stages(rng):
+    from psa_diffusers import kernels
+
+    importance = torch.rand(1, 1, 2, 139, generator=rng)
+    layout = flat_layout(139 * 16, 16, 16, CPU)
+    layout = replace(layout, query_counts=torch.full((2,), 16, dtype=torch.int32), video_query_blocks=2)
+    for levels, factors in published_levels():
+        assert_same_lists(
+            *(column.plan_blocks(importance, layout, levels, "topk", factors) for column in (kernels, stages))
+        )
+
+
+def hard_rows(N, rng):
+    """Importance ``[1, 1, 12, N]``: a row of each kind that a selection can stumble over."""
+    rows = torch.rand(12, N, generator=rng) ** 8
+    rows[1] = torch.randint(0, 4, (N,), generator=rng) / 8  # ties everywhere
+    rows[2] = 0.5  # nothing but ties
+    rows[3] = 0
+    rows[4, : N // 2] = -0.0  # equal to the other half
+    rows[4, N // 2 :] = 0.0
+    rows[5] = -rows[5]
+    rows[6] = rows[6] * 2.0**-126  # subnormal
+    rows[7] = torch.where(torch.arange(N) % 2 == 0, 3e38, -3e38)  # the sum of two does not fit
+    rows[8, N // 2] = torch.nan
+    rows[9, -1] = torch.inf
+    rows[10, 0] = -torch.inf
+    rows[11] = torch.arange(N).flip(0)
+    return rows[None, None]
+
+
+def assert_same_lists(ours, theirs):
+    assert torch.equal(ours.offsets, theirs.offsets)
+    assert ours.block_ids.dtype == theirs.block_ids.dtype
+    kept = torch.arange(ours.block_ids.shape[-1]) < ours.offsets[..., -1:]
+    assert torch.equal(torch.where(kept, ours.block_ids, 0), torch.where(kept, theirs.block_ids, 0))
+
+
+@pytest.mark.parametrize("N", [1, 2, 17, 591])
+def test_lists_by_rank_are_those_of_the_stages(N, rng):
+    from psa_diffusers import kernels
+
+    importance = hard_rows(N, rng)
+    layout = flat_layout(16 * N, 16, 16, CPU)
+    layout = replace(layout, query_counts=torch.full((12,), 16, dtype=torch.int32), video_query_blocks=11)
+    for levels, factors in published_levels():
+        ours, theirs = (column.plan_blocks(importance, layout, levels, "topk", factors) for column in (kernels, stages))
+        assert_same_lists(ours, theirs)
+        assert torch.equal(
+            kernels.assign_block_levels(importance, layout, levels, "topk"),
+            stages.assign_block_levels(importance, layout, levels, "topk"),
+        )
+
+
+@pytest.mark.parametrize("mode", ["topk", "thresholdbound"])
+def test_lists_with_caps_text_and_a_broken_head_are_those_of_the_stages(mode, rng):
+    from psa_diffusers import kernels
+
+    layout = make_layout((1, 16, 17), 37, True, 64, 16, "raster", (1, 1, 1), CPU)
+    shape = (2, 2, layout.num_query_blocks, layout.num_key_blocks)
+    importance = torch.randint(0, 9, shape, generator=rng) / 64
+    cap = torch.tensor([1, 2, 4, 8], dtype=torch.int16)[torch.randint(0, 4, (2, 2, shape[3]), generator=rng)]
+    case = {"cap": cap, "finite": torch.tensor([[True, False], [True, True]])}
+    levels = ((1, 0.1), (2, 0.3), (8, 0.6), (0, 1.0))
+    assert_same_lists(
+        *(column.plan_blocks(importance, layout, levels, mode, (1, 2, 4, 8), **case) for column in (kernels, stages))
+    )
+
+
+def test_the_longest_rows(rng):
+    from psa_diffusers import kernels
+
+    importance = hard_rows(4096, rng)[:, :, [0, 1, 8]]
+    layout = flat_layout(16 * 4096, 16, 16, CPU)
+    layout = replace(layout, query_counts=torch.full((3,), 16, dtype=torch.int32), video_query_blocks=3)
+    levels = ((1, 0.095), (4, 0.225), (16, 0.385), (128, 1.0))
+    assert_same_lists(
+        *(column.plan_blocks(importance, layout, levels, "topk", (1, 4, 16, 128)) for column in (kernels, stages))
+    )
+
+
 def test_a_head_that_is_not_finite_reads_everything(rng):
     from psa_diffusers import kernels
 
@@ -232,7 +326,5 @@ def test_schedule_is_that_of_the_stage(rng):
 
     level_map = random_map(rng, (2, 2, 5, 9), (0, 1, 4, 8))
     ours, theirs = (column.make_schedule(level_map, (1, 4, 8), 16) for column in (kernels, stages))
-    assert torch.equal(ours.offsets, theirs.offsets)
-    kept = torch.arange(9) < ours.offsets[..., -1:]
-    assert torch.equal(torch.where(kept, ours.block_ids, 0), torch.where(kept, theirs.block_ids, 0))
+    assert_same_lists(ours, theirs)
     assert torch.equal(ours.to_level_map(), level_map)
