@@ -13,6 +13,7 @@ from psa_diffusers import stages
 from psa_diffusers.layout import Layout, flat_layout, make_layout
 from psa_diffusers.preset import KEY_VARIANCE_CAP, PSAPreset, load_preset, parse_mask_ratios, preset_of_key
 from psa_diffusers.stages.levels import assign_ranked_levels
+from psa_diffusers.stages.pyramid import Pyramid
 from psa_diffusers.stages.schedule import Schedule, make_schedule
 
 logger = logging.getLogger("psa_diffusers")
@@ -31,6 +32,7 @@ def psa_attention(
     text_first: bool = True,
     scale: float | None = None,
     backend: str = "auto",
+    schedule: Schedule | None = None,
     return_schedule: bool = False,
 ) -> Tensor | tuple[Tensor, Schedule]:
     """Self-attention over the tokens of a video, important blocks at full resolution and the others pooled.
@@ -48,6 +50,8 @@ def psa_attention(
         scale: Softmax scale; ``1 / sqrt(D)`` by default.
         backend: ``auto`` (Triton on CUDA and ROCm, torch elsewhere), ``torch`` or ``triton``. An explicit ``triton``
             raises where it cannot run.
+        schedule: What to read, as an earlier call with the same preset, shapes and grid returned it: this call decides
+            nothing and only pools and attends. NaN and inf come out where the schedule reads them. None decides anew.
         return_schedule: Whether to return what was read as well.
 
     Returns:
@@ -56,7 +60,8 @@ def psa_attention(
 
     Raises:
         TypeError: For a dtype or device that does not fit, or a preset of another kind.
-        ValueError: For shapes that do not fit each other or the grid, an unknown preset or backend.
+        ValueError: For shapes that do not fit each other or the grid, a schedule of another call, an unknown preset or
+            backend.
         RuntimeError: If ``backend="triton"`` cannot run here.
 
     Source: arXiv:2512.04025. What differs from the paper and the official code stands in docs/fidelity.md.
@@ -68,19 +73,23 @@ def psa_attention(
     grid = (1, 1, q.shape[2] - text_tokens) if grid is None else tuple(int(size) for size in grid)
     _check_grid(q, grid, text_tokens)
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
-    if return_schedule or _needs_grad(q, k, v):
-        out, schedule = _run(q, k, v, preset_of_key(key), grid, text_tokens, text_first, scale, backend)
+    if return_schedule or schedule is not None or _needs_grad(q, k, v):
+        out, schedule = _run(q, k, v, preset_of_key(key), grid, text_tokens, text_first, scale, backend, schedule)
         return (out, schedule) if return_schedule else out
     return _psa_op(q, k, v, key, list(grid), text_tokens, text_first, scale, backend)
 
 
-def _run(q, k, v, preset: PSAPreset, grid, text_tokens, text_first, scale, backend) -> tuple[Tensor, Schedule]:
-    """The stages in order. Everything before `attend` is planning: it decides what is read and takes no gradient."""
+def _run(
+    q, k, v, preset: PSAPreset, grid, text_tokens, text_first, scale, backend, schedule: Schedule | None = None
+) -> tuple[Tensor, Schedule]:
+    """The stages in order, those that decide what is read only without a schedule."""
     column = _column(resolve_backend(backend, q))
     preset = preset.for_video(math.prod(grid))
     layout = make_layout(
         grid, text_tokens, text_first, preset.block_m, preset.block_n, preset.order, preset.tile_size, q.device
     )
+    if schedule is not None:
+        _check_schedule(schedule, q, layout, (1,) if preset.type == "dense" else preset.factors)
     if preset.type == "dense":
         return F.scaled_dot_product_attention(q, k, v, scale=scale), _full_schedule(q, layout)
     pyramid = column.build_pyramid(
@@ -88,22 +97,28 @@ def _run(q, k, v, preset: PSAPreset, grid, text_tokens, text_first, scale, backe
     )
     if preset.value_tilt and preset.tilt_gain == "sampled":
         pyramid = column.fit_tilt(pyramid, q, k, v, layout, scale)
-    with torch.no_grad():
-        importance = column.block_importance(q, k, layout, preset.importance, scale, pyramid)
-        cap = column.key_cosine_cap(k, layout, _cosine_thresholds(preset)) if preset.use_sim_mask else None
-        schedule = column.plan_blocks(
-            importance,
-            layout,
-            preset.levels,
-            preset.mask_mode,
-            preset.factors,
-            min_full_ratio=preset.min_full_ratio,
-            cap=cap,
-            finite=pyramid.finite,
-        )
-        del importance  # not to be held while the output is made
+    schedule = schedule or _decide(column, q, k, pyramid, layout, preset, scale)
     out = column.attend(q, k, v, pyramid, schedule, layout, scale=scale, variance_cap=KEY_VARIANCE_CAP)
     return out, schedule
+
+
+@torch.no_grad()
+def _decide(
+    column: ModuleType, q: Tensor, k: Tensor, pyramid: Pyramid, layout: Layout, preset: PSAPreset, scale: float
+) -> Schedule:
+    """What is read at which factor."""
+    importance = column.block_importance(q, k, layout, preset.importance, scale, pyramid)
+    cap = column.key_cosine_cap(k, layout, _cosine_thresholds(preset)) if preset.use_sim_mask else None
+    return column.plan_blocks(
+        importance,
+        layout,
+        preset.levels,
+        preset.mask_mode,
+        preset.factors,
+        min_full_ratio=preset.min_full_ratio,
+        cap=cap,
+        finite=pyramid.finite,
+    )
 
 
 def pyramid_attention(
@@ -203,7 +218,7 @@ def resolve_backend(backend: str, q: Tensor) -> str:
     if reason is None:
         return "triton"
     if q.device.type == "cuda":
-        _say_once(f"psa_attention runs on the plain torch stages, which are slow on a GPU: {reason}")
+        say_once(f"psa_attention runs on the plain torch stages, which are slow on a GPU: {reason}")
     return "torch"
 
 
@@ -235,7 +250,8 @@ def _interpreting() -> bool:
 
 
 @cache
-def _say_once(message: str) -> None:
+def say_once(message: str) -> None:
+    """Log a warning, once a process."""
     logger.warning(message)
 
 
@@ -326,3 +342,16 @@ def _check_grid(q: Tensor, grid: tuple[int, ...], text_tokens: int) -> None:
             f"q has {q.shape[2]} tokens, but the grid {frames} x {height} x {width} and {text_tokens} text tokens make "
             f"{frames * height * width + text_tokens}: pass the grid in tokens (after patching), and text_tokens"
         )
+
+
+def _check_schedule(schedule: Schedule, q: Tensor, layout: Layout, factors: tuple[int, ...]) -> None:
+    """Refuse what would read out of range. The numbers in it are not read: that would wait for the GPU."""
+    if not isinstance(schedule, Schedule):
+        raise TypeError(f"schedule must be a Schedule that psa_attention returned, got a {type(schedule).__name__}")
+    shape = (q.shape[0], q.shape[1], layout.num_query_blocks, layout.num_key_blocks)
+    expected = {"[B, H, M, N]": shape, "block_n": layout.block_n, "factors": factors, "device": q.device}
+    ids = schedule.block_ids
+    found = dict(zip(expected, (tuple(ids.shape), schedule.block_n, schedule.factors, ids.device), strict=True))
+    if found != expected:
+        told = [", ".join(f"{name} = {value}" for name, value in each.items()) for each in (expected, found)]
+        raise ValueError(f"schedule is of another call: expected {told[0]}; got {told[1]}. Leave it out to decide anew")

@@ -125,7 +125,7 @@ def disable_psa(pipe: Any) -> Any:
     switch = getattr(pipe, SWITCH, None)
     if switch is None:
         return pipe
-    switch.run.is_on = False  # a copy of our processors may be kept elsewhere: from now on it only forwards
+    switch.run.switch_off()
     for attention, processor in switch.processors:
         if attention.processor is processor:
             attention.processor = processor.original

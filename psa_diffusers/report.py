@@ -39,6 +39,7 @@ class Recorder:
         kind: str,
         reason: str,
         density: float | torch.Tensor,
+        kept: bool,
         tokens: int,
         grid: tuple[int, int, int] | None,
     ) -> None:
@@ -51,6 +52,7 @@ class Recorder:
                 "kind": kind,
                 "reason": reason,
                 "density": density,
+                "kept": kept,
                 "tokens": tokens,
                 "grid": grid,
             }
@@ -63,9 +65,10 @@ class PSAReport:
     Attributes:
         title: What was enabled, one line.
         records: One dict per call of a self-attention, in order: `step` (from 0), `denoiser` and `layer` (names),
-            `kind` (`sparse` or `dense`), `reason` (why dense, empty if sparse), `density` (share of the dense work, 1.0
-            if dense), `tokens` (of the sequence, text included), `grid` (frames, height, width in tokens, None if it
-            could not be read).
+            `kind` (`sparse` or `dense`), `reason` (why dense, or why sparse without a level map that `refresh_every`
+            could keep; else empty), `density` (share of the dense work, 1.0 if dense), `kept` (whether the level map is
+            that of an earlier step), `tokens` (of the sequence, text included), `grid` (frames, height, width in
+            tokens, None if it could not be read).
     """
 
     def __init__(self, title: str, records: list[dict[str, Any]]) -> None:
@@ -79,7 +82,7 @@ class PSAReport:
         return self.summary()
 
     def summary(self) -> str:
-        """Return a few lines per denoiser: calls, densities and the reasons for dense calls."""
+        """Return a few lines per denoiser: calls, densities, level maps that were kept, and reasons."""
         lines = [self.title]
         if not self.records:
             lines.append("no self-attention has run since PSA was enabled")
@@ -95,11 +98,14 @@ class PSAReport:
                 lines.append(f"  density {_mean(sparse):.3f} where sparse, {overall:.3f} over all calls")
             else:
                 lines.append(f"  density {overall:.3f}: nothing ran sparse")
+            if kept := sum(record["kept"] for record in records):
+                lines.append(f"  level map of an earlier step in {_plural(kept, 'call')}")
             shapes = Counter((record["grid"], record["tokens"]) for record in records)
             for (grid, tokens), _ in shapes.most_common(3):
                 lines.append(f"  {tokens} tokens, grid {' x '.join(map(str, grid)) if grid else 'unknown'}")
-            reasons = Counter(record["reason"] for record in records if record["kind"] == "dense")
-            lines += [f"  dense in {_plural(count, 'call')}: {reason}" for reason, count in reasons.most_common()]
+            reasons = Counter((record["kind"], record["reason"]) for record in records if record["reason"])
+            what = {"dense": "dense", "sparse": "level map not kept"}
+            lines += [f"  {what[kind]} in {_plural(n, 'call')}: {why}" for (kind, why), n in reasons.most_common()]
         return "\n".join(lines)
 
     def plot(self, path: str | Path | None = None) -> Any:

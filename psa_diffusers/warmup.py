@@ -28,6 +28,7 @@ class WarmupScheduler(PipelineCallback):
 
     Attributes:
         step: The running denoising step, from 0.
+        rounds: How often the first step has begun: a number for each run, and each segment of a run.
         dense: Whether this step is dense. Changes between steps only, so that compiled code sees two values.
         reason: Why it is dense, empty if it is sparse.
         num_steps: Steps of this run, None while unknown.
@@ -47,17 +48,18 @@ class WarmupScheduler(PipelineCallback):
                 )
         self.warmup_steps = warmup_steps
         self.dense_last_steps = dense_last_steps
+        self.rounds = 0
         self.reset()
 
     def reset(self) -> None:
         """Go back to the first step of a run of unknown length."""
         self.num_steps: int | None = None
         self._timestep: float | None = None
-        self._go_to(0)
+        self._begin()
 
     @property
     def idle(self) -> bool:
-        """Whether no step can be dense, so that nobody needs to know the step."""
+        """Whether no step can be dense."""
         return self.warmup_steps == 0 and self.dense_last_steps == 0
 
     def set_length(self, num_steps: int | None) -> None:
@@ -86,7 +88,10 @@ class WarmupScheduler(PipelineCallback):
         self.set_length(getattr(pipeline, "num_timesteps", None))
         following = step_index + 1
         # pipelines that generate in segments begin again at 0 after the last step of a segment
-        self._go_to(0 if following == self.num_steps else following)
+        if following == self.num_steps:
+            self._begin()
+        else:
+            self._go_to(following)
         return callback_kwargs  # the pipeline pops from it
 
     def observe(self, timestep: Any) -> bool:
@@ -101,11 +106,15 @@ class WarmupScheduler(PipelineCallback):
         value = float(timestep.max() if hasattr(timestep, "max") else timestep)
         last, self._timestep = self._timestep, value
         if last is None or value > last:
-            self._go_to(0)
+            self._begin()
             return True
         if value < last:
             self._go_to(self.step + 1)
         return False
+
+    def _begin(self) -> None:
+        self.rounds += 1
+        self._go_to(0)
 
     def _go_to(self, step: int) -> None:
         self.step = step

@@ -187,9 +187,9 @@ def test_gradients_flow_through_the_torch_stages(rng):
 
 
 def test_a_gpu_without_triton_is_told_once(caplog):
-    from psa_diffusers.attention import _say_once
+    from psa_diffusers.attention import say_once
 
     with caplog.at_level(logging.WARNING, "psa_diffusers"):
         for _ in range(2):
-            _say_once("psa_attention runs on the plain torch stages: for the test")
+            say_once("psa_attention runs on the plain torch stages: for the test")
     assert len(caplog.records) == 1

@@ -17,7 +17,9 @@ from psa_diffusers.models.ulysses import deal
 
 ROOT = Path(__file__).parents[1]
 RANKS = 2
-exact = pytest.mark.parametrize("case", ["psa-first", "parallel-first", "factor-one", "odd", "odd-heads", "uneven"])
+exact = pytest.mark.parametrize(
+    "case", ["psa-first", "parallel-first", "factor-one", "odd", "odd-heads", "uneven", "kept"]
+)
 
 pytestmark = pytest.mark.skipif(
     not hasattr(diffusers, "ContextParallelConfig"),
@@ -101,6 +103,15 @@ def test_heads_that_read_much_do_not_pile_up_in_one_process(found):
         assert torch.equal(mine, other), "all processes deal alike"
         assert sorted(mine.tolist()) == list(range(8))
         assert mine.tolist() != list(range(8))
+
+
+def test_level_maps_are_kept_where_heads_stay_and_made_anew_where_they_are_dealt(found):
+    for rank in found:
+        for which in ("alone", "together", "again"):
+            kept = {(record["step"], record["kept"]) for record in rank["kept"][which]["records"]}
+            assert kept == {(0, False), (1, False), (2, True), (3, False)}  # the first step is dense
+        dealt = {(record["kept"], record["reason"]) for record in rank["kept, uneven"]["together"]["records"]}
+        assert dealt == {(False, "its heads are dealt to the processes anew in every call")}
 
 
 @pytest.mark.parametrize("when", ["enabling", "calling"])

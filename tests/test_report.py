@@ -10,7 +10,7 @@ from psa_diffusers.models import processor
 from psa_diffusers.pipeline import disable_psa, enable_psa
 from psa_diffusers.report import Recorder, psa_report
 
-FIELDS = {"step", "denoiser", "layer", "kind", "reason", "density", "tokens", "grid"}
+FIELDS = {"step", "denoiser", "layer", "kind", "reason", "density", "kept", "tokens", "grid"}
 
 
 def enable(name, **kwargs):

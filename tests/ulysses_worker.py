@@ -120,6 +120,8 @@ def main(folder: Path) -> None:
             "odd": both_ways(build, SPARSE, "psa-first", grid=ODD, ulysses_anything=True),
             "odd-heads": both_ways(lambda: build(heads=3), SPARSE, "psa-first", ulysses_anything=True),
             "uneven": both_ways(uneven, BY_MASS, "psa-first"),
+            "kept": both_ways(build, {**SPARSE, "refresh_every": 2}, "psa-first"),
+            "kept, uneven": both_ways(uneven, {**BY_MASS, "refresh_every": 2}, "psa-first"),
         }
         ring = parallelise(build(), ring=True)
         found["ring, enabling"] = message_of(lambda: enable_psa(ring, **SPARSE))

@@ -11,17 +11,20 @@ import math
 import sys
 import weakref
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from psa_diffusers.attention import psa_attention, unsupported_head_dim
+from psa_diffusers.attention import psa_attention, say_once, unsupported_head_dim
 from psa_diffusers.models import ulysses
+from psa_diffusers.models.kept import Branch, KeptSchedules
 from psa_diffusers.models.registry import Family, Grid, attention_paths, find_family, supported, unwrap
 from psa_diffusers.preset import PSAPreset, list_presets, load_preset, preset_of_key
 from psa_diffusers.report import Recorder
+from psa_diffusers.stages.schedule import Schedule
 from psa_diffusers.warmup import WarmupScheduler
 
 logger = logging.getLogger("psa_diffusers")
@@ -46,7 +49,7 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 class Run:
-    """What the processors of one enabled pipeline share: the preset, the clock, the records.
+    """What the processors of one enabled pipeline share: the preset, the clock, the records, the kept schedules.
 
     Args:
         preset: What to do in sparse steps.
@@ -58,6 +61,7 @@ class Run:
         self.preset = preset
         self.clock = WarmupScheduler(preset.warmup_steps, dense_last_steps=preset.dense_last_steps)
         self.recorder = Recorder(title) if report else None
+        self.kept = KeptSchedules(preset.refresh_every)
         self.is_on = True
         self.pipe: Any = None
         self.fed_by_callback = False
@@ -72,7 +76,13 @@ class Run:
     def end(self) -> None:
         """End the call, however it ended. Its records stay until the next one."""
         self.clock.reset()
+        self.kept.clear()
         self.pipe, self.fed_by_callback = None, False
+
+    def switch_off(self) -> None:
+        """From now on the processors only forward: somebody may have copies of them."""
+        self.is_on = False
+        self.kept.clear()
 
     def before_forward(self, timestep: Any, *, rises: bool = False) -> None:
         """Let the clock know that a denoiser is about to run.
@@ -84,20 +94,28 @@ class Run:
         if self.pipe is not None and not torch.compiler.is_compiling():
             self.clock.set_length(getattr(self.pipe, "num_timesteps", None))
         # reading a timestep waits for the GPU, so only if nobody else tells the step and somebody wants to know it
-        is_asked = not self.clock.idle or self.preset.steps or self.recorder is not None
+        is_asked = not self.clock.idle or self.preset.steps or self.recorder is not None or self.kept.steps > 1
         if is_asked and not self.fed_by_callback and timestep is not None:
             is_new_run = self.clock.observe(-timestep if rises else timestep)
             if is_new_run:
                 self._forget()
 
-    def say(self, reason: str, layer: str) -> None:
-        """Log, once a call and reason, why a layer is dense against the wish of the user."""
+    def branch(self, denoiser: str, inputs: Mapping[str, Any]) -> Branch | None:
+        """Return the guidance branch of the forward that begins; None if nobody asks or its step is not known."""
+        is_known = self.fed_by_callback or inputs.get("timestep") is not None
+        if self.kept.steps == 1 or torch.compiler.is_compiling() or not is_known:
+            return None
+        return self.kept.branch(denoiser, inputs.get("encoder_hidden_states"), (self.clock.rounds, self.clock.step))
+
+    def say(self, reason: str, layer: str, how: str = "dense") -> None:
+        """Log, once a call and reason, why a layer does not run as the user wishes."""
         if reason not in self._said and not torch.compiler.is_compiling():
             self._said.add(reason)
-            logger.warning("PSA runs %s dense: %s", layer, reason)
+            logger.warning("PSA runs %s %s: %s", layer, how, reason)
 
     def _forget(self) -> None:
         self._said.clear()
+        self.kept.clear()
         if self.recorder is not None:
             self.recorder.clear()
 
@@ -113,6 +131,7 @@ class Site:
         run: The run it belongs to.
         grid: Token grid of the forward that is running, None if its inputs do not tell.
         text_lengths: Valid text tokens of each sample, ``[B]`` integers on the CPU, where the family has padded text.
+        branch: Where the schedules of that forward are kept, None if they are not.
     """
 
     def __init__(self, name: str, denoiser: nn.Module, family: Family, run: Run) -> None:
@@ -121,6 +140,7 @@ class Site:
         self.run = run
         self.grid: tuple[int, int, int] | None = None
         self.text_lengths: Tensor | None = None
+        self.branch: Branch | None = None
         self._layers = list(family.self_attentions(denoiser))
         # that of the class splits the video tokens, and nothing else, as the processors expect
         self.has_parallel_plan = getattr(type(denoiser), "_cp_plan", None) is not None
@@ -136,6 +156,7 @@ class Site:
         if self.family.read_text is not None:
             self.text_lengths = self.family.read_text(self._config, inputs)
         self.run.before_forward(inputs.get("timestep"), rises=self.family.timesteps_rise)
+        self.branch = self.run.branch(self.name, inputs)
         if self.run.preset.steps:
             for processor in self._processors:
                 processor.preset = self._preset_now(processor.layer)
@@ -148,6 +169,20 @@ class Site:
     def _preset_now(self, layer: str) -> PSAPreset:
         clock, place = self.run.clock, self._layers.index(layer)
         return self.run.preset.at(clock.step, clock.num_steps, place, len(self._layers))
+
+
+class Measured(NamedTuple):
+    """What is recorded of a call.
+
+    Attributes:
+        reason: Why it is not as asked: dense, or sparse without a level map that could be kept. Else empty.
+        density: Share of the dense work.
+        kept: Whether the level map is that of an earlier step.
+    """
+
+    reason: str = ""
+    density: float | Tensor = 1.0
+    kept: bool = False
 
 
 class FamilyProcessor:
@@ -250,7 +285,7 @@ class FamilyProcessor:
         run = self.site.run
         if run.is_on:
             if run.recorder is not None:
-                self._note("dense", reason, 1.0, tokens, self.site.grid)
+                self._note("dense", Measured(reason), tokens, self.site.grid)
             if not run.clock.dense and self.preset.type != "dense":
                 run.say(reason, self.layer)
         return self.original(attn, *args, **kwargs)
@@ -266,10 +301,10 @@ class FamilyProcessor:
             grid: Where these tokens are on another grid than that of the denoiser's inputs.
         """
         grid = grid or self.site.grid
-        out, density = self.attend(q, k, v, text_tokens, grid)
-        if density is not None:
+        out, measured = self.attend(q, k, v, text_tokens, grid)
+        if measured is not None:
             is_split = ulysses.context_parallel(self.original) is not None
-            self._note("sparse", "", density, math.prod(grid) if is_split else q.shape[2], grid)
+            self._note("sparse", measured, math.prod(grid) if is_split else q.shape[2], grid)
         return out
 
     def sparse_padded(self, q: Tensor, k: Tensor, v: Tensor, *, text_tokens: int, text_lengths: Tensor) -> Tensor:
@@ -284,71 +319,120 @@ class FamilyProcessor:
             text_tokens: Tokens of text at the end, padding included.
             text_lengths: How many of them are valid, ``[B]`` integers on the CPU.
         """
-        grid, densities = self.site.grid, []
+        grid, all_measured = self.site.grid, []
         if torch.compiler.is_compiling() and self.site.run.recorder is None:
+            if why_new := self.why_new(q, k, v):
+                self._say_new(why_new)
             # one graph for texts of any length: what depends on the length stands inside the operator
             q, k = q.to(v.dtype), k.to(v.dtype)
             return _padded_op(q, k, v, text_lengths, self.preset.key, list(grid), text_tokens)
 
         def attend(q: Tensor, k: Tensor, v: Tensor, text_tokens: int) -> Tensor:
-            out, density = self.attend(q, k, v, text_tokens, grid)
-            densities.append(density)
+            out, measured = self.attend(q, k, v, text_tokens, grid)
+            all_measured.append(measured)
             return out
 
         out = _without_padding(attend, q, k, v, text_lengths, text_tokens)
-        if densities[0] is not None:
+        if all_measured[0] is not None:
             tokens = q.shape[2] - text_tokens + int(text_lengths.max())
-            self._note("sparse", "", torch.stack(densities).mean(), tokens, grid)
+            reasons, densities, kept = zip(*all_measured, strict=True)
+            self._note("sparse", Measured(reasons[0], torch.stack(densities).mean(), all(kept)), tokens, grid)
         return out
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, text_tokens: int, grid: Grid) -> tuple[Tensor, Tensor | None]:
-        """Return what attention gives, and its density if that is to be recorded."""
+    def why_new(self, q: Tensor, k: Tensor, v: Tensor) -> str:
+        """Say why the level map of this call is not kept although `refresh_every` asks for it; empty if all is well."""
+        if self.site.run.kept.steps == 1:
+            return ""
+        if torch.compiler.is_compiling():
+            return "compiled code decides anew in every call what is read"
+        parallel = ulysses.context_parallel(self.original)
+        if parallel is not None and self.dealer.is_needed(self.preset, q.shape[1], parallel.ulysses_degree):
+            return "its heads are dealt to the processes anew in every call"
+        if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
+            return "a gradient is required, and in training the next call is of another video"
+        if self.site.branch is None:
+            return "nothing tells the denoising step"
+        return ""
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, text_tokens: int, grid: Grid) -> tuple[Tensor, Measured | None]:
+        """Return what attention gives, and what there is to record if anybody asks."""
         # autocast keeps norms in float32; dense attention would cast back as well
         q, k = q.to(v.dtype), k.to(v.dtype)
         place = {"grid": grid, "text_tokens": text_tokens, "text_first": self.site.family.text_first}
+        why_new = self.why_new(q, k, v)
+        if why_new:
+            self._say_new(why_new)
+        branch = None if why_new else self.site.branch
         if ulysses.context_parallel(self.original) is not None:
-            return self._attend_in_parallel(q, k, v, place)
-        if self.site.run.recorder is None:
+            return self._attend_in_parallel(q, k, v, place, branch, why_new)
+        if self.site.run.recorder is None and branch is None:
             return psa_attention(q, k, v, self.preset, **place), None
-        return self._attend_measured(q, k, v, place)
+        return self._attend_observed(q, k, v, place, branch, why_new)
 
     @torch.compiler.disable  # communicates, and the order of the heads changes
     def _attend_in_parallel(
-        self, q: Tensor, k: Tensor, v: Tensor, place: dict[str, Any]
-    ) -> tuple[Tensor, Tensor | None]:
-        config, schedules = ulysses.context_parallel(self.original), []
+        self, q: Tensor, k: Tensor, v: Tensor, place: dict[str, Any], branch: Branch | None, why_new: str
+    ) -> tuple[Tensor, Measured | None]:
+        config, used = ulysses.context_parallel(self.original), []
 
         def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            out, schedule = psa_attention(q, k, v, self.preset, **place, return_schedule=True)
-            schedules.append(schedule)
+            out, *schedule = self._attend_or_reuse(q, k, v, place, branch)
+            used.append(schedule)
             return out
 
         deals = self.dealer.is_needed(self.preset, q.shape[1], config.ulysses_degree)
         order = self.dealer.order if deals else None
         out = ulysses.attend(q, k, v, self.original._parallel_config, attention, order)
+        schedule, is_kept = used[0]
         if deals:
-            self.dealer.learn(ulysses.cost_of_heads(schedules[0]), config)
-        return out, None if self.site.run.recorder is None else schedules[0].density()
+            self.dealer.learn(ulysses.cost_of_heads(schedule), config)
+        return out, self._measure(schedule, is_kept, why_new)
 
-    # what is recorded changes with every call: compiled, it would be compiled again and again
+    # what is recorded or kept changes with every call: compiled, it would be compiled again and again
     @torch.compiler.disable
-    def _attend_measured(self, q: Tensor, k: Tensor, v: Tensor, place: dict[str, Any]) -> tuple[Tensor, Tensor]:
-        out, schedule = psa_attention(q, k, v, self.preset, **place, return_schedule=True)
-        return out, schedule.density()
+    def _attend_observed(
+        self, q: Tensor, k: Tensor, v: Tensor, place: dict[str, Any], branch: Branch | None, why_new: str
+    ) -> tuple[Tensor, Measured | None]:
+        out, schedule, is_kept = self._attend_or_reuse(q, k, v, place, branch)
+        return out, self._measure(schedule, is_kept, why_new)
+
+    def _attend_or_reuse(
+        self, q: Tensor, k: Tensor, v: Tensor, place: dict[str, Any], branch: Branch | None
+    ) -> tuple[Tensor, Schedule, bool]:
+        """Return output, schedule, and whether the schedule is that of an earlier step, which the branch has kept."""
+        attention = partial(psa_attention, q, k, v, self.preset, **place, return_schedule=True)
+        if branch is None:
+            return *attention(), False
+        shape = (q.shape, q.dtype, q.device, self.preset.key, *place.values())
+        return branch.attend(self.layer, shape, lambda schedule: attention(schedule=schedule))
+
+    def _measure(self, schedule: Schedule, is_kept: bool, why_new: str) -> Measured | None:
+        return None if self.site.run.recorder is None else Measured(why_new, schedule.density(), is_kept)
+
+    def _say_new(self, reason: str) -> None:
+        if torch.compiler.is_compiling():
+            _say_compiled(f"PSA runs without keeping level maps: {reason}, whatever refresh_every says")
+        else:
+            self.site.run.say(reason, self.layer, "without keeping its level map")
 
     @torch.compiler.disable
-    def _note(self, kind: str, reason: str, density: float | Tensor, tokens: int, grid: Grid | None) -> None:
+    def _note(self, kind: str, measured: Measured, tokens: int, grid: Grid | None) -> None:
         site = self.site
         site.run.recorder.note(
             step=site.run.clock.step,
             denoiser=site.name,
             layer=self.layer,
             kind=kind,
-            reason=reason,
-            density=density,
+            **measured._asdict(),
             tokens=tokens,
             grid=grid,
         )
+
+
+@torch.compiler.assume_constant_result  # runs while torch compiles, not in compiled code
+def _say_compiled(message: str) -> bool:
+    say_once(message)
+    return True
 
 
 def _without_padding(
