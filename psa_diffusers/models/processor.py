@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from psa_diffusers.attention import psa_attention, say_once, unsupported_head_dim
 from psa_diffusers.models import ulysses
+from psa_diffusers.models.dense import fastest_dense
 from psa_diffusers.models.kept import Branch, KeptSchedules
 from psa_diffusers.models.registry import Family, Grid, attention_paths, find_family, supported, unwrap
 from psa_diffusers.preset import PSAPreset, list_presets, load_preset, preset_of_key
@@ -281,13 +282,15 @@ class FamilyProcessor:
         return max(hidden_states.shape[1] - frames * height * width, 0)
 
     def dense(self, reason: str, tokens: int, attn: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        """Run the original processor with exactly the arguments that came."""
+        """Run the original processor with exactly the arguments that came, the video tokens first."""
         run = self.site.run
         if run.is_on:
             if run.recorder is not None:
                 self._note("dense", Measured(reason), tokens, self.site.grid)
             if not run.clock.dense and self.preset.type != "dense":
                 run.say(reason, self.layer)
+            with fastest_dense(args[0]):
+                return self.original(attn, *args, **kwargs)
         return self.original(attn, *args, **kwargs)
 
     def sparse(self, q: Tensor, k: Tensor, v: Tensor, *, text_tokens: int = 0, grid: Grid | None = None) -> Tensor:
@@ -518,8 +521,9 @@ class PSAProcessor:
     `pipe.transformer.set_attn_processor(PSAProcessor("psa_balanced"))` works as well: diffusers puts the one object on
     every attention of the denoiser; at the first forward it finds out which denoiser that is, makes the video
     self-attentions sparse and leaves every other attention as diffusers would have it. The denoising step then comes
-    from the denoiser's `timestep`, one scalar read per forward if the preset has warm-up steps; `enable_psa`, which
-    hears of the steps from the pipeline, needs none. To take it back, set the processors you want instead.
+    from the denoiser's `timestep`, one scalar read per forward if the preset has warm-up steps or `refresh_every`;
+    `enable_psa`, which hears of the steps from the pipeline, needs none. To take it back, set the processors you want
+    instead.
 
     One object on the two experts of Wan 2.2 shares one clock, as it should; use different objects for different
     pipelines. Without its pipeline a text-to-video expert looks like Wan 2.1 14B and gets its presets: hand over

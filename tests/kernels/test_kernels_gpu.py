@@ -2,13 +2,17 @@
 
 import math
 
+import forwards
 import oracle
 import pytest
+import tiny
 import torch
 from budget import assert_within_budget
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from psa_diffusers import PSAPreset, psa_attention, stages
+from psa_diffusers import PSAPreset, enable_psa, psa_attention, psa_report, stages
 from psa_diffusers.layout import make_layout
+from psa_diffusers.models.dense import fastest_dense
 from psa_diffusers.orders import video_order
 from psa_diffusers.preset import KEY_VARIANCE_CAP
 
@@ -157,6 +161,54 @@ def test_token_strides_past_two_to_the_31():
     assert torch.equal(
         psa_attention(x, x, x, preset, grid=grid), psa_attention(*(x.clone() for _ in range(3)), preset, grid=grid)
     )
+
+
+@pytest.mark.skipif(
+    not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9, reason="cuDNN comes first on Hopper"
+)
+@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize("name", ["cogvideox", "wan2.1"])
+def test_a_dense_step_runs_the_kernel_of_cudnn(name, dim):
+    case = tiny.CASES[name]
+    pipe = case.build(head_dim=dim)
+    pipe.transformer.to("cuda", torch.bfloat16)
+    inputs = forwards.captured_inputs(case.build(head_dim=dim), name, steps=1, guidance=1.0)[0]
+    inputs = {key: on_gpu(value) for key, value in inputs.items()}
+    enable_psa(pipe, "baseline", report=True)
+    with torch.no_grad():
+        forwards.forward(pipe, inputs)
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+            forwards.forward(pipe, inputs)
+    ran = {event.key: event.count for event in profile.key_averages()}
+    assert [record["kind"] for record in psa_report(pipe).records] == ["dense"] * 4  # two layers, twice
+    assert ran.get("aten::_scaled_dot_product_cudnn_attention", 0) >= 2, ran  # cross-attention is left to torch
+
+
+def on_gpu(value):
+    if isinstance(value, tuple):
+        return tuple(map(on_gpu, value))
+    if isinstance(value, torch.Tensor):
+        return value.to("cuda", torch.bfloat16 if value.is_floating_point() else None)
+    return value
+
+
+@pytest.mark.parametrize("kind", ["plain", "strided", "mask", "grouped", "float32"])
+@pytest.mark.parametrize("dim", [64, 128, 256])
+def test_the_fastest_dense_kernels_are_dense_attention(dim, kind):
+    q, k, v = random_qkv(torch.float32 if kind == "float32" else torch.bfloat16, 4, 1000, dim)
+    given = {}
+    if kind == "plain":
+        q, k, v = (x.contiguous() for x in (q, k, v))
+    if kind == "mask":
+        given = {"attn_mask": torch.ones(1000, 1000, dtype=torch.bool, device="cuda").tril()}
+    if kind == "grouped":
+        k, v, given = k[:, :2], v[:, :2], {"enable_gqa": True}
+    with fastest_dense(q):
+        out = torch.nn.functional.scaled_dot_product_attention(q, k, v, **given)
+    truth = torch.nn.functional.scaled_dot_product_attention(q.double(), k.double(), v.double(), **given)
+    with sdpa_kernel(SDPBackend.MATH):
+        plain = torch.nn.functional.scaled_dot_product_attention(q, k, v, **given)
+    assert_within_budget(out, truth, plain)
 
 
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode:UserWarning")  # its own announcement
