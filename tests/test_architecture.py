@@ -39,8 +39,7 @@ SHARED_WITH_KERNELS = {
     "stages.schedule": {"Schedule", "id_dtype"},  # the type of Schedule.block_ids
     "stages.importance": {"POOLED_CELL", "SAMPLE_STRIDE"},  # numbers of the definition
     "stages.moments": {
-        *("MOMENT_CAP", "MOMENT_CELL", "SHAPE_STRIDE"),  # the same
-        "fit_tilt",  # a few operations on a small sample, which torch's own kernels do
+        *("MOMENT_CAP", "MOMENT_CELL", "SHAPE_STRIDE", "GAIN_QUERY_STRIDE", "GAIN_BLOCK_STRIDE"),  # the same
     },
 }
 

@@ -3,8 +3,9 @@
 from psa_diffusers.kernels.attend import attend
 from psa_diffusers.kernels.importance import block_importance
 from psa_diffusers.kernels.levels import assign_block_levels, key_cosine_cap
-from psa_diffusers.kernels.pyramid import build_pyramid, fit_tilt
+from psa_diffusers.kernels.pyramid import build_pyramid
 from psa_diffusers.kernels.schedule import make_schedule, plan_blocks
+from psa_diffusers.kernels.tilt import fit_tilt
 
 __all__ = [
     "assign_block_levels",

@@ -14,6 +14,8 @@ from psa_diffusers.stages.importance import POOLED_CELL, SAMPLE_STRIDE
 from psa_diffusers.stages.moments import MOMENT_CAP, MOMENT_CELL, SHAPE_STRIDE
 from psa_diffusers.stages.pyramid import Pyramid
 
+_SHAPE_SPLITS = 16  # programs a head; a number of the chip's own would change the order of the sums
+
 
 def block_importance(
     q: Tensor, k: Tensor, layout: Layout, method: str, scale: float, pyramid: Pyramid | None = None
@@ -101,15 +103,19 @@ def _spreads(q: Tensor, k: Tensor, layout: Layout, step: int, scale: float) -> T
     """
     batch, heads, _, dim = q.shape
     num_cells = layout.query_rows.shape[0] // step
+    parts = torch.empty(_SHAPE_SPLITS, batch * heads, dim, dim, dtype=torch.float32, device=q.device)
     shape = torch.empty(batch, heads, dim, dim, dtype=torch.float32, device=q.device)
     spreads = torch.empty(batch, heads, num_cells, dtype=torch.float32, device=q.device)
     size = padded(dim)
     with on_device(q):
-        _shape_kernel[(batch * heads,)](
-            k, layout.key_rows, shape, head_strides(k), heads, layout.key_rows.shape[0] // step,
+        _shape_kernel[(_SHAPE_SPLITS, batch * heads)](
+            k, layout.key_rows, parts, head_strides(k), heads, layout.key_rows.shape[0] // step,
             HEAD_DIM=dim, D_PAD=size, STEP=step, CELLS=max(1, 32 // step), STRIDE=SHAPE_STRIDE,
             num_warps=8 if size >= 128 else 4, enable_fp_fusion=True,
         )  # fmt: skip
+        _add_shapes_kernel[(triton.cdiv(dim * dim, 1024), batch * heads)](
+            parts, shape, HEAD_DIM=dim, D_PAD=size, SPLITS=_SHAPE_SPLITS, SIZE=1024, num_warps=4, enable_fp_fusion=True
+        )
         _spread_kernel[(triton.cdiv(num_cells, 32), batch * heads)](
             q, layout.query_rows, shape, spreads, head_strides(q), heads, num_cells,
             0.5 * scale**2 * math.log2(math.e) * dim,
@@ -165,34 +171,52 @@ def _represent_kernel(
 
 @triton.jit(do_not_specialize=["num_cells"])
 def _shape_kernel(
-    k_ptr, rows_ptr, shape_ptr,  # [B, H, L, D] [lanes] [B, H, D, D]
+    k_ptr, rows_ptr, parts_ptr,  # [B, H, L, D] [lanes] [SPLITS, B * H, D, D]
     K_STRIDES, H, num_cells,
     HEAD_DIM: tl.constexpr, D_PAD: tl.constexpr, STEP: tl.constexpr, CELLS: tl.constexpr, STRIDE: tl.constexpr,
 ):  # fmt: skip
-    """Within-cell key covariance of a head, of every STRIDE-th cell, divided by its trace. Grid: (B * H,)."""
-    i_bh = tl.program_id(0).to(tl.int64)
+    """Within-cell key covariance of a head, summed over every STRIDE-th cell. Grid: (splits, B * H)."""
+    i_bh = tl.program_id(1).to(tl.int64)
     k_head = k_ptr + (i_bh // H) * K_STRIDES[0] + (i_bh % H) * K_STRIDES[1]
     o_d = tl.arange(0, D_PAD)
     o_t = tl.arange(0, CELLS * STEP)
     total = tl.zeros([D_PAD, D_PAD], tl.float32)
-    trace = 0.0
-    for c in range(0, num_cells, CELLS * STRIDE):
-        cell = c + o_t // STEP * STRIDE
+    first = tl.program_id(0) * (CELLS * STRIDE)
+    for c in range(0, num_cells, tl.num_programs(0) * (CELLS * STRIDE)):
+        cell = first + c + o_t // STEP * STRIDE
         rows = tl.load(rows_ptr + cell * STEP + o_t % STEP, mask=cell < num_cells, other=-1)
         b_k = load_rows(k_head, rows, rows >= 0, K_STRIDES[2], o_d, HEAD_DIM, D_PAD).to(tl.float32)
         real = tl.reshape((rows >= 0).to(tl.float32), (CELLS, STEP))
         mean = tl.sum(tl.reshape(b_k, (CELLS, STEP, D_PAD)), 1) / tl.maximum(tl.sum(real, 1), 1.0)[:, None]
         away = (tl.reshape(b_k, (CELLS, STEP, D_PAD)) - mean[:, None, :]) * real[:, :, None]
-        away = tl.reshape(away, (CELLS * STEP, D_PAD))
-        trace += tl.sum(tl.sum(away * away, 1), 0)
-        away = away.to(k_ptr.dtype.element_ty)
+        away = tl.reshape(away, (CELLS * STEP, D_PAD)).to(k_ptr.dtype.element_ty)
         total = tl.dot(tl.trans(away), away, total, input_precision="ieee")
-    place = o_d[:, None] * HEAD_DIM + o_d[None, :]
+    i_part = tl.program_id(0).to(tl.int64) * tl.num_programs(1) + i_bh
     tl.store(
-        shape_ptr + i_bh * HEAD_DIM * HEAD_DIM + place,
-        total / tl.maximum(trace, 1.1754943508222875e-38),
+        parts_ptr + i_part * HEAD_DIM * HEAD_DIM + o_d[:, None] * HEAD_DIM + o_d[None, :],
+        total,
         mask=(o_d < HEAD_DIM)[:, None] & (o_d < HEAD_DIM)[None, :],
     )
+
+
+@triton.jit
+def _add_shapes_kernel(
+    parts_ptr, shape_ptr,  # [SPLITS, B * H, D * D] [B * H, D * D]
+    HEAD_DIM: tl.constexpr, D_PAD: tl.constexpr, SPLITS: tl.constexpr, SIZE: tl.constexpr,
+):  # fmt: skip
+    """The parts of a head added up and divided by the trace. Grid: (cdiv(D * D, SIZE), B * H)."""
+    NUMBERS: tl.constexpr = HEAD_DIM * HEAD_DIM
+    i_bh = tl.program_id(1).to(tl.int64)
+    o_d = tl.arange(0, D_PAD)
+    place = tl.program_id(0) * SIZE + tl.arange(0, SIZE)
+    total = tl.zeros([SIZE], tl.float32)
+    diagonal = tl.zeros([D_PAD], tl.float32)
+    for split in tl.static_range(SPLITS):
+        part = parts_ptr + (split * tl.num_programs(1) + i_bh) * NUMBERS
+        total += tl.load(part + place, mask=place < NUMBERS, other=0.0)
+        diagonal += tl.load(part + o_d * (HEAD_DIM + 1), mask=o_d < HEAD_DIM, other=0.0)
+    trace = tl.maximum(tl.sum(diagonal, 0), 1.1754943508222875e-38)
+    tl.store(shape_ptr + i_bh * NUMBERS + place, total / trace, mask=place < NUMBERS)
 
 
 @triton.jit(do_not_specialize=["num_cells"])

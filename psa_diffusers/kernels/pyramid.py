@@ -10,7 +10,6 @@ from torch import Tensor
 from psa_diffusers.kernels.launch import aside, head_strides, load_rows, on_device, pack_factors, padded, remember
 from psa_diffusers.kernels.tuning import COVARIANCE, PYRAMID, launch_of
 from psa_diffusers.layout import Layout
-from psa_diffusers.stages.moments import fit_tilt as fit_tilt_plainly
 from psa_diffusers.stages.pyramid import Pyramid, pooled_rows
 
 _COVARIANCE_ROWS = 4096  # cells a program sums over; a number of the chip's own would change the order of the sums
@@ -73,22 +72,6 @@ def build_pyramid(
     with aside(k) as done:
         covariance = _covariance(k, v, layout, keys, values, log_counts, factors)
     return replace(pyramid, covariance=covariance, ready=done[0] if done else None)
-
-
-def fit_tilt(pyramid: Pyramid, q: Tensor, k: Tensor, v: Tensor, layout: Layout, scale: float) -> Pyramid:
-    """Scale the covariances of each head by the gain that fits a sample. See `psa_diffusers.stages.moments.fit_tilt`.
-
-    Args:
-        pyramid: Pyramid with a covariance.
-        q: Queries ``[B, H, L, D]``.
-        k: Keys ``[B, H, L, D]``.
-        v: Values ``[B, H, L, D]``.
-        layout: Where tokens stand.
-        scale: Softmax scale.
-    """
-    with aside(k) as done:
-        pyramid = fit_tilt_plainly(pyramid, q, k, v, layout, scale)
-    return replace(pyramid, ready=done[0] if done else None)
 
 
 def _log_counts(layout: Layout, factors: tuple[int, ...]) -> Tensor:

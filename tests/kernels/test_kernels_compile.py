@@ -33,6 +33,8 @@ def all_launches(monkeypatch, head_dim, unit):
         preset = PSAPreset(mask_ratios=COVER)
         layout = make_layout((13, 30, 45), 226, True, 128, 128, "gilbert", (2, 8, 8), q.device)
         pyramid = kernels.build_pyramid(k, v, layout, preset.factors, key_variance=terms, value_tilt=terms)
+        if terms:
+            pyramid = kernels.fit_tilt(pyramid, q, k, v, layout, 0.1)
         scores = kernels.block_importance(q, k, layout, importance, 0.1)
         cap = kernels.key_cosine_cap(k, layout, ((2, 0.7), (4, 0.65), (8, 0.6))) if terms else None
         rule = (preset.levels, mode, preset.factors)
@@ -40,7 +42,7 @@ def all_launches(monkeypatch, head_dim, unit):
         kernels.attend(q, k, v, pyramid, schedule, layout, scale=0.1, variance_cap=4.0)
 
     def both():
-        run("pooled_mass", "topk", True)
+        run("pooled_moments", "topk", True)
         run("sampled_max", "thresholdbound", False)
 
     return record_launches(monkeypatch, both)

@@ -172,6 +172,49 @@ def test_pyramid_is_that_of_the_stage(dtype, rng):
     assert torch.equal(ours.finite, theirs.finite)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize(("m", "n", "dim"), [(32, 16, 24), (128, 128, 16)])
+def test_gain_of_the_tilt_is_the_definition(m, n, dim, dtype, rng):
+    from psa_diffusers import kernels
+
+    heads = torch.tensor([0.3, 3.0, 20.0])[:, None, None]  # from linear to saturated
+    q, k, v = random_qkv(rng, 1, 3, 1130, dim)
+    q, k, v = (x.to(dtype) for x in (q * heads, k, v + k + 3))  # a mean that the shift must not see
+    layout = make_layout((5, 15, 15), 5, True, m, n, "gilbert", (1, 1, 1), CPU)
+    pyramid = replace(stages.build_pyramid(k, v, layout, (1, n)), covariance=torch.ones(1, 3, 2, dim, dim))
+    fitted = kernels.fit_tilt(pyramid, q, k, v, layout, 0.25)
+    order = [*(video_order((5, 15, 15), "gilbert") + 5).tolist(), *range(5)]
+    truth = oracle.oracle_tilt_gain(q, k, v, n, scale=0.25, order=order, video_tokens=1125)
+    # the kernel's products take factors of the dtype of q, k and v
+    torch.testing.assert_close(
+        fitted.covariance.double(), truth[:, :, None, None, None].expand_as(fitted.covariance),
+        rtol=8 * torch.finfo(dtype).eps, atol=8 * torch.finfo(dtype).eps,
+    )  # fmt: skip
+
+
+def test_gain_of_the_tilt_over_many_blocks_and_queries(rng):
+    from psa_diffusers import kernels
+
+    q, k, v = random_qkv(rng, 1, 1, 9000, 16)
+    layout = flat_layout(9000, 64, 32, CPU)
+    pyramid = stages.build_pyramid(k, v + k, layout, (1, 32), value_tilt=True)
+    ours, theirs = (column.fit_tilt(pyramid, q, k, v + k, layout, 0.25) for column in (kernels, stages))
+    torch.testing.assert_close(ours.covariance, theirs.covariance, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["q", "k", "v"])
+def test_gain_of_the_tilt_ignores_what_is_not_finite(name, rng):
+    from psa_diffusers import kernels
+
+    tensors = dict(zip("qkv", random_qkv(rng, 1, 2, 1130, 16), strict=True))
+    layout = flat_layout(1130, 32, 32, CPU)
+    pyramid = stages.build_pyramid(tensors["k"], tensors["v"], layout, (1, 32), value_tilt=True)
+    tensors["v"] = tensors["v"] + tensors["k"]
+    tensors[name][:, 1, 512] = torch.nan
+    ours, theirs = (column.fit_tilt(pyramid, **tensors, layout=layout, scale=0.25) for column in (kernels, stages))
+    torch.testing.assert_close(ours.covariance, theirs.covariance, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("pooled", [False, True], ids=["tokens", "pyramid"])
 @pytest.mark.parametrize("method", ["pooled_mass", "pooled_moments", "sampled_max"])
 @pytest.mark.parametrize(("m", "n"), [(32, 32), (64, 16), (16, 128)])
