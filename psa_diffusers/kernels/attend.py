@@ -10,7 +10,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from psa_diffusers.kernels.launch import head_strides, load_rows, on_device, pack_factors, padded, wait_for
+from psa_diffusers.kernels.launch import (
+    head_strides,
+    load_rows,
+    next_power_of_2,
+    on_device,
+    pack_factors,
+    padded,
+    wait_for,
+)
 from psa_diffusers.kernels.tuning import attend_launch, matrix_unit
 from psa_diffusers.layout import Layout
 from psa_diffusers.stages.pyramid import Pyramid
@@ -72,7 +80,7 @@ def attend(
             ROWS=launch.rows, PARTS=parts, TILE_N=launch.tile_n,
             KEY_VARIANCE=pyramid.variance is not None, VALUE_TILT=pyramid.covariance is not None,
             TILT_STEP=min(padded(dim), 32), TILT_PRECISION="tf32" if tf32 else "ieee",
-            MAX_FACTORS=max(2, triton.next_power_of_2(len(schedule.factors))),
+            MAX_FACTORS=max(2, next_power_of_2(len(schedule.factors))),
             num_warps=launch.num_warps, num_stages=launch.num_stages, enable_fp_fusion=True,
         )  # fmt: skip
     return out

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from psa_diffusers.kernels.launch import head_strides, load_rows, on_device, padded, remember
+from psa_diffusers.kernels.launch import cdiv, head_strides, load_rows, on_device, padded, remember
 from psa_diffusers.kernels.tuning import IMPORTANCE, launch_of
 from psa_diffusers.layout import Layout
 from psa_diffusers.stages.importance import POOLED_CELL, SAMPLE_STRIDE
@@ -51,7 +51,7 @@ def block_importance(
     importance = torch.empty(batch, heads, num_blocks_q, num_blocks_k, dtype=torch.float32, device=q.device)
     log2e = math.log2(math.e)
     with on_device(q):
-        _importance_kernel[(triton.cdiv(num_q, rows), batch * heads)](
+        _importance_kernel[(cdiv(num_q, rows), batch * heads)](
             cells_q, cells_k, weights, bias, spreads, variances if moments else bias, importance,
             cells_k.stride()[:2], variances.stride()[:2] if moments else (0, 0),
             heads, num_q, cells_k.shape[2], num_blocks_q, num_blocks_k, scale * log2e, MOMENT_CAP * log2e,
@@ -87,7 +87,7 @@ def _represent(
     # eight channels a thread; where a cell is one token, a program takes more cells
     cells_a_program = max(1, (1024 if lanes > 1 else 4096) // padded(dim))
     with on_device(x):
-        _represent_kernel[(triton.cdiv(num_cells, cells_a_program), batch * heads)](
+        _represent_kernel[(cdiv(num_cells, cells_a_program), batch * heads)](
             x, rows, cells, variances if variance else cells, head_strides(x), heads, num_cells,
             HEAD_DIM=dim, D_PAD=padded(dim), CELLS=cells_a_program, STEP=step, LANES=lanes, VARIANCE=variance,
             num_warps=4, enable_fp_fusion=True,
@@ -113,10 +113,10 @@ def _spreads(q: Tensor, k: Tensor, layout: Layout, step: int, scale: float) -> T
             HEAD_DIM=dim, D_PAD=size, STEP=step, CELLS=max(1, 32 // step), STRIDE=SHAPE_STRIDE,
             num_warps=8 if size >= 128 else 4, enable_fp_fusion=True,
         )  # fmt: skip
-        _add_shapes_kernel[(triton.cdiv(dim * dim, 1024), batch * heads)](
+        _add_shapes_kernel[(cdiv(dim * dim, 1024), batch * heads)](
             parts, shape, HEAD_DIM=dim, D_PAD=size, SPLITS=_SHAPE_SPLITS, SIZE=1024, num_warps=4, enable_fp_fusion=True
         )
-        _spread_kernel[(triton.cdiv(num_cells, 32), batch * heads)](
+        _spread_kernel[(cdiv(num_cells, 32), batch * heads)](
             q, layout.query_rows, shape, spreads, head_strides(q), heads, num_cells,
             0.5 * scale**2 * math.log2(math.e) * dim,
             HEAD_DIM=dim, D_PAD=size, STEP=step, ROWS=32, CHANNELS=min(size, 32), num_warps=4, enable_fp_fusion=True,

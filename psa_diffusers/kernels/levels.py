@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from psa_diffusers.kernels.launch import head_strides, load_rows, on_device, padded
+from psa_diffusers.kernels.launch import head_strides, load_rows, next_power_of_2, on_device, padded
 from psa_diffusers.kernels.tuning import row_warps, tile_warps
 from psa_diffusers.layout import Layout
 
@@ -59,7 +59,7 @@ def select_levels(
     """Fill a level map by rank, or without one the lists of a schedule of ``factors``. As `assign_block_levels`."""
     batch, heads, num_q, num_k = importance.shape
     ranked = layout.video_key_blocks
-    size = max(16, triton.next_power_of_2(num_k))
+    size = max(16, next_power_of_2(num_k))
     unused = importance
     with on_device(importance):
         _select_kernel[(num_q, batch * heads)](
@@ -77,7 +77,7 @@ def _sort_levels(importance, layout, levels, min_full_ratio, cap, finite, level_
     """Fill a level map by cumulative importance, as `assign_block_levels`."""
     batch, heads, num_q, num_k = importance.shape
     ranked = layout.video_key_blocks
-    size = max(16, triton.next_power_of_2(num_k))
+    size = max(16, next_power_of_2(num_k))
     with on_device(importance):
         _sort_kernel[(num_q, batch * heads)](
             importance.contiguous(), level_map if cap is None else cap, level_map if finite is None else finite,

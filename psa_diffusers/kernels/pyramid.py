@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from psa_diffusers.kernels.launch import aside, head_strides, load_rows, on_device, pack_factors, padded, remember
+from psa_diffusers.kernels.launch import aside, cdiv, head_strides, load_rows, on_device, pack_factors, padded, remember
 from psa_diffusers.kernels.tuning import COVARIANCE, PYRAMID, launch_of
 from psa_diffusers.layout import Layout
 from psa_diffusers.stages.pyramid import Pyramid, pooled_rows
@@ -41,7 +41,7 @@ def build_pyramid(
     bases, num_rows = pooled_rows(num_blocks * block_n, factors)
     keys, values = (torch.empty(batch, heads, num_rows, dim, dtype=x.dtype, device=x.device) for x in (k, v))
     variance = torch.empty(batch, heads, num_rows, dtype=torch.float32, device=k.device) if key_variance else None
-    broken = torch.empty(batch, heads, num_blocks, dtype=torch.int8, device=k.device)
+    finite = torch.ones(batch, heads, dtype=torch.bool, device=k.device)
     log_counts = remember(layout, ("log_counts", factors), lambda: _log_counts(layout, factors))
     launch = launch_of(PYRAMID, dim, k.element_size(), k.device)
     span = min(launch.span, block_n)
@@ -49,8 +49,8 @@ def build_pyramid(
     blocks = max(1, 1024 * span // (block_n * padded(dim)))
     spans = blocks * (block_n // span)
     with on_device(k):
-        _pyramid_kernel[(triton.cdiv(num_blocks, blocks), batch * heads)](
-            k, v, layout.key_rows, keys, values, keys if variance is None else variance, broken,
+        _pyramid_kernel[(cdiv(num_blocks, blocks), batch * heads)](
+            k, v, layout.key_rows, keys, values, keys if variance is None else variance, finite,
             head_strides(k), head_strides(v), heads, num_blocks, num_rows,
             FACTORS=sum(factors), LEVELS=factors[-1].bit_length() - 1, HEAD_DIM=dim, D_PAD=padded(dim), BLOCK_N=block_n,
             BLOCKS=blocks, SPAN=span, KEY_VARIANCE=key_variance,
@@ -64,7 +64,7 @@ def build_pyramid(
         log_counts=log_counts,
         variance=variance,
         covariance=None,
-        finite=~broken.any(-1),
+        finite=finite,
     )
     if not value_tilt:
         return pyramid
@@ -93,7 +93,7 @@ def _covariance(
     if len(factors) == 1:
         return covariance.zero_()
     num_lanes = layout.key_rows.shape[0]
-    splits = [triton.cdiv(num_lanes // factor, _COVARIANCE_ROWS) for factor in factors[:-1]]
+    splits = [cdiv(num_lanes // factor, _COVARIANCE_ROWS) for factor in factors[:-1]]
     ends = remember(layout, ("splits", factors), lambda: torch.tensor(splits).cumsum(0).int().to(k.device))
     tuned = launch_of(COVARIANCE, dim, k.element_size(), k.device)
     columns = min(padded(dim), tuned.columns)
@@ -119,7 +119,7 @@ def _covariance(
                 last += 1
             launch(first, last, first == 1, pairs)
             first = last + 1
-        _add_parts_kernel[(triton.cdiv(dim * dim, 512), batch * heads)](
+        _add_parts_kernel[(cdiv(dim * dim, 512), batch * heads)](
             parts, ends, covariance, dim * dim, 1 / tokens, F=len(factors), SIZE=512, num_warps=4, enable_fp_fusion=True
         )
     return covariance
@@ -129,7 +129,7 @@ def _covariance(
 def _pyramid_kernel(
     k_ptr, v_ptr, rows_ptr,                # [B, H, L, D] [B, H, L, D] [N * BLOCK_N]
     keys_ptr, values_ptr, variance_ptr,    # [B, H, P, D] [B, H, P, D] [B, H, P]
-    broken_ptr,                            # [B, H, N] int8, 1 = a number of the block is not finite
+    finite_ptr,                            # [B, H] bool, true before
     K_STRIDES, V_STRIDES, H, num_blocks, num_rows,
     FACTORS: tl.constexpr, LEVELS: tl.constexpr,  # the factors, one bit each; log2 of the largest
     HEAD_DIM: tl.constexpr, D_PAD: tl.constexpr, BLOCK_N: tl.constexpr, BLOCKS: tl.constexpr, SPAN: tl.constexpr,
@@ -200,9 +200,8 @@ def _pyramid_kernel(
                                             4, FACTORS, HEAD_DIM, D_PAD, KEY_VARIANCE,
                                         )  # fmt: skip
 
-    block = tl.program_id(0) * BLOCKS + tl.arange(0, BLOCKS)
-    of_block = tl.max(tl.reshape(broken, (BLOCKS, BLOCK_N // SPAN)), 1)
-    tl.store(broken_ptr + i_bh * num_blocks + block, of_block.to(tl.int8), mask=block < num_blocks)
+    any_broken = tl.max(broken, 0)
+    tl.store(finite_ptr + i_bh, any_broken == 0, mask=any_broken > 0)  # whoever stores, stores the same
 
     # what is wider than a span: neighbours in the tile
     for level in tl.static_range(1, LEVELS + 1):

@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from psa_diffusers.kernels.launch import on_device
+from psa_diffusers.kernels.launch import next_power_of_2, on_device
 from psa_diffusers.kernels.levels import assign_block_levels, check_row, select_levels, write_lists
 from psa_diffusers.kernels.tuning import row_warps
 from psa_diffusers.layout import Layout
@@ -22,7 +22,7 @@ def make_schedule(level_map: Tensor, factors: tuple[int, ...], block_n: int) -> 
     """
     batch, heads, num_q, num_k = level_map.shape
     schedule = _empty(level_map, factors, block_n)
-    size = max(16, triton.next_power_of_2(num_k))
+    size = max(16, next_power_of_2(num_k))
     with on_device(level_map):
         _schedule_kernel[(num_q, batch * heads)](
             level_map.contiguous(), schedule.block_ids, schedule.offsets, num_k, FACTORS=tuple(factors), SIZE=size,

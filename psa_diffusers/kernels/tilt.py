@@ -7,7 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from psa_diffusers.kernels.launch import aside, head_strides, load_rows, on_device, padded
+from psa_diffusers.kernels import tuning
+from psa_diffusers.kernels.launch import aside, cdiv, head_strides, load_rows, next_power_of_2, on_device, padded
 from psa_diffusers.layout import Layout
 from psa_diffusers.stages.moments import GAIN_BLOCK_STRIDE, GAIN_QUERY_STRIDE
 from psa_diffusers.stages.pyramid import Pyramid
@@ -29,12 +30,14 @@ def fit_tilt(pyramid: Pyramid, q: Tensor, k: Tensor, v: Tensor, layout: Layout, 
     """
     batch, heads, _, dim = q.shape
     block_n, size = layout.block_n, padded(dim)
-    num_queries = triton.cdiv(layout.video_query_blocks * layout.block_m, GAIN_QUERY_STRIDE)
-    num_blocks = triton.cdiv(layout.video_key_blocks, GAIN_BLOCK_STRIDE)
-    tiles, columns = triton.cdiv(num_queries, _QUERIES), min(size, 64, 2**13 // size)
+    num_queries = cdiv(layout.video_query_blocks * layout.block_m, GAIN_QUERY_STRIDE)
+    num_blocks = cdiv(layout.video_key_blocks, GAIN_BLOCK_STRIDE)
+    tiles, columns = cdiv(num_queries, _QUERIES), min(size, 64, 2**13 // size)
     # float32 at full precision has no matrix unit on most chips: small tiles, more warps
     wide = q.element_size() == 4
     tile = max(16, min(block_n, (2**11 if wide else 2**13) // size))
+    # a second block in flight takes 64 KiB at the most, which AMD's chips have not
+    alone = wide or block_n * size > 2**14 or tuning.matrix_unit(q.device) == "mfma"
     with aside(k) as done, on_device(k):
         parts = torch.empty(_SPLITS, batch * heads, dim, dim, dtype=torch.float32, device=k.device)
         sums = torch.empty(batch * heads, tiles, 2, dtype=torch.float32, device=k.device)
@@ -49,13 +52,13 @@ def fit_tilt(pyramid: Pyramid, q: Tensor, k: Tensor, v: Tensor, layout: Layout, 
             head_strides(q), head_strides(k), head_strides(v), heads, num_queries, num_blocks, scale,
             HEAD_DIM=dim, D_PAD=size, QUERIES=_QUERIES, CHANNELS=min(size, 32), BLOCK_N=block_n, TILE=tile,
             QUERY_STRIDE=GAIN_QUERY_STRIDE, STRIDE=GAIN_BLOCK_STRIDE, SPLITS=_SPLITS,
-            num_warps=8 if wide or size > 128 else 4, num_stages=1 if wide or block_n * size > 2**14 else 2,
+            num_warps=8 if wide or size > 128 else 4, num_stages=1 if alone else 2,
             enable_fp_fusion=True,
         )  # fmt: skip
         numbers = covariance[0, 0].numel()
-        _scale_kernel[(triton.cdiv(numbers, 4096), batch * heads)](
+        _scale_kernel[(cdiv(numbers, 4096), batch * heads)](
             pyramid.covariance, sums, covariance, numbers, tiles,
-            TILES=triton.next_power_of_2(tiles), SIZE=4096, num_warps=4, enable_fp_fusion=True,
+            TILES=next_power_of_2(tiles), SIZE=4096, num_warps=4, enable_fp_fusion=True,
         )  # fmt: skip
     return replace(pyramid, covariance=covariance, ready=done[0] if done else None)
 
