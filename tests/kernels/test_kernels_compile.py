@@ -9,7 +9,7 @@ from ahead import product_loops, record_launches, resources
 from triton.backends.compiler import GPUTarget
 
 from psa_diffusers import PSAPreset
-from psa_diffusers.layout import make_layout
+from psa_diffusers.layout import flat_layout, make_layout
 
 pytestmark = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") == "1",
@@ -59,6 +59,19 @@ def test_every_kernel_compiles_fits_and_spills_nothing(capability, head_dim, mon
         assert compiled.metadata.shared <= kibibytes * 1024, f"{launch.name}: {compiled.metadata.shared} bytes shared"
         used = resources(compiled, tmp_path)
         assert used["stack"] == 0, f"{launch.name} spills: {used}"
+
+
+@pytest.mark.parametrize("num_blocks", [1024, 4096])
+def test_the_selection_spills_nothing_on_long_rows(num_blocks, monkeypatch, tmp_path):
+    from psa_diffusers import kernels
+
+    preset = PSAPreset(mask_ratios=COVER)
+    layout = flat_layout(16 * num_blocks, 16, 16, torch.device("cpu"))
+    importance = torch.zeros(1, 1, 2, num_blocks)
+    rule = (preset.levels, "topk", preset.factors)
+    (launch,) = record_launches(monkeypatch, lambda: kernels.plan_blocks(importance, layout, *rule))
+    used = resources(launch.compile(GPUTarget("cuda", 90, 32)), tmp_path)
+    assert used["stack"] == 0, f"{launch.name} spills: {used}"
 
 
 @pytest.mark.parametrize("head_dim", [64, 128])
