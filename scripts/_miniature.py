@@ -3,6 +3,7 @@
 Every part is a class of diffusers or transformers.
 """
 
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,7 +29,9 @@ class Size:
         stages: What it is trained on: share of the time, pixels, clips a step.
         uses: Steps that a batch of clips serves, in the mean.
         pool: Batches to choose from.
-        vae_clips: Clips a step of the VAE.
+        vae_batches: What the VAE is trained on in turn: pixels, frames, clips. At half the size too, as the first
+            stage of the transformer sees it, and at full length: what a causal convolution knows of the past grows.
+        text_steps: Of the text encoder by itself.
         learning_rate: Of the transformer and the text encoder, at its highest.
     """
 
@@ -39,11 +42,12 @@ class Size:
     latents: int = 8
     pixels: int = 128
     frames: int = 49
-    stages: tuple[tuple[float, int, int], ...] = ((0.5, 64, 48), (0.5, 128, 16))
+    stages: tuple[tuple[float, int, int], ...] = ((0.4, 64, 48), (0.6, 128, 16))
     uses: int = 8
     pool: int = 32
-    vae_clips: int = 8
-    learning_rate: float = 1e-3
+    vae_batches: tuple[tuple[int, int, int], ...] = ((128, 17, 8), (64, 49, 11), (128, 49, 3))
+    text_steps: int = 800
+    learning_rate: float = 2e-3
 
     @property
     def width(self) -> int:
@@ -52,7 +56,15 @@ class Size:
 
 SIZES = {
     "miniature": Size(),  # as shipped
-    "small": Size(layers=4, heads=2, channels=16, pixels=64, frames=25, stages=((1.0, 64, 16),), vae_clips=4),
+    "small": Size(
+        layers=4,
+        heads=2,
+        channels=16,
+        pixels=64,
+        frames=25,
+        stages=((1.0, 64, 16),),
+        vae_batches=((64, 17, 4), (64, 25, 3)),
+    ),
     "toy": Size(
         layers=1,
         heads=1,
@@ -62,7 +74,8 @@ SIZES = {
         pixels=32,
         frames=9,
         stages=((0.5, 16, 2), (0.5, 32, 2)),
-        vae_clips=1,
+        vae_batches=((32, 9, 1), (16, 9, 4)),
+        text_steps=20,
     ),
 }
 
@@ -291,6 +304,24 @@ def is_matrix(name: str, weight: Tensor) -> bool:
 def token_ids(prompts: list[str], length: int, words: Any) -> Tensor:
     """Token ids ``[B, length]`` of prompts, padded."""
     return words(prompts, padding="max_length", max_length=length, truncation=True, return_tensors="pt").input_ids
+
+
+def facts(scenes: list[_world.Scene], length: int) -> tuple[Tensor, Tensor]:
+    """What each token's phrase says.
+
+    Returns:
+        ``[B, length, len(FACTS)]``, 1 where a fact is stated by the phrase that the token stands in, else 0; and
+        ``[B, length]``, whether there is a word at all.
+    """
+    stated, words = torch.zeros(len(scenes), length, len(_world.FACTS)), torch.zeros(len(scenes), length)
+    for row, scene in enumerate(scenes):
+        start = 0
+        for phrase, facts_ in scene.phrases:
+            end = start + len(re.findall(r"\w+|,", phrase))
+            stated[row, start:end, [_world.FACTS.index(fact) for fact in facts_]] = 1
+            words[row, start:end] = 1
+            start = end
+    return stated, words
 
 
 class AutoEncoder(nn.Module):

@@ -88,14 +88,16 @@ class Gradients:
         function: Takes tensors, returns the loss and whatever else shall be known, all as tensors.
         weights: Get their gradients, in place of those they had. All processes have to begin with the same ones.
         accelerator: Says where, and in how many processes.
+        graph: False if a step cannot be a graph.
     """
 
-    def __init__(self, function, weights, accelerator):
+    def __init__(self, function, weights, accelerator, *, graph=True):
         self.function, self.weights, self.accelerator = function, list(weights), accelerator
+        self.by_graph = graph and accelerator.device.type == "cuda"
         self.graphs = {}
 
     def __call__(self, *inputs):
-        if self.accelerator.device.type != "cuda":
+        if not self.by_graph:
             results = self._run(inputs)
             self._average([weight.grad for weight in self.weights])
             return results

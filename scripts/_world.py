@@ -78,16 +78,28 @@ class Scene:
 
     @property
     def prompt(self) -> str:
-        first = self.things[0]
-        many = self.count > 1
-        words = f"{NUMBERS[self.count]} {first.color} {first.shape}{'s' * many} {_verb(first.motion, many)}"
+        return "".join(words for words, _ in self.phrases)
+
+    @property
+    def phrases(self) -> list[tuple[str, set[str]]]:
+        """The phrases of the prompt, each with the facts about what it speaks of, all of them in `FACTS`."""
+        first, many = self.things[0], self.count > 1
+        number = NUMBERS[self.count]
+        words = f"{number} {first.color} {first.shape}{'s' * many} {_verb(first.motion, many)}"
+        facts = {first.color, first.shape, _verb(first.motion, False), number}
+        phrases = [(words, facts | {"in front"} if self.kind == "front" else facts)]
         if self.kind == "pair":
             second = self.things[1]
-            words += f" and a {second.color} {second.shape} {_verb(second.motion, False)}"
+            verb = _verb(second.motion, False)
+            words = f" and a {second.color} {second.shape} {verb}"
+            phrases.append((words, {second.color, second.shape, verb, NUMBERS[1]}))
         elif self.kind == "front":
-            words += f" in front of a {self.things[1].color} {self.things[1].shape}"
-        words += f" over a {self.texture} {self.ground} background"
-        return words + (f", the camera pans {self.camera}" if self.camera else "")
+            back = self.things[1]
+            words = f" in front of a {back.color} {back.shape}"
+            phrases.append((words, {back.color, back.shape, _verb(back.motion, False), NUMBERS[1], "behind"}))
+        pan = f"pans {self.camera}" if self.camera else ""
+        words = f" over a {self.texture} {self.ground} background" + (f", the camera {pan}" if pan else "")
+        return [*phrases, (words, {self.texture, self.ground, pan} - {""})]
 
 
 def _verb(motion, many):
@@ -135,6 +147,12 @@ WORDS = sorted(
     | {*COLORS, *GROUNDS, *TEXTURES, *MOTIONS, *SHAPES, *(f"{shape}s" for shape in SHAPES)}
 )
 """Every word that a prompt can hold, the comma too."""
+
+FACTS = (
+    *COLORS, *SHAPES, *(_verb(motion, False) for motion in MOTIONS), *NUMBERS.values(), "in front", "behind",
+    *TEXTURES, *GROUNDS, *(f"pans {side}" for side in CAMERAS if side),
+)  # fmt: skip
+"""Every fact that a prompt can state about a thing or the ground."""
 
 _THINGS = [Thing(color, shape, motion) for color in COLORS for shape in SHAPES for motion in MOTIONS]
 

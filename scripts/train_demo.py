@@ -4,7 +4,8 @@
     accelerate launch scripts/train_demo.py --family wan --minutes 5 --output runs/wan        several
     python scripts/train_demo.py --family wan --preset small --minutes 20 --output runs/wan   a CPU: shapes that move
 
-First the VAE, then transformer and text encoder together. The clock decides: whatever there is when the time is up is
+First the VAE; then the text encoder by itself, in a few seconds: the embedding of each word has to tell all that its
+phrase says; then transformer and text encoder together. The clock decides: whatever there is when the time is up is
 saved, as averaged weights in half precision, in a folder that `from_pretrained` loads (OUTPUT/pipeline), with the
 training curve beside it (OUTPUT/curve.json). Started again with the same OUTPUT, it goes on where it stopped.
 """
@@ -30,6 +31,7 @@ def parse(argv=None):
     parser.add_argument("--minutes", type=float, default=4.0, help="of training the transformer (default: 4)")
     parser.add_argument("--init", type=Path, help="folder of a pipeline of this size whose weights to start from")
     parser.add_argument("--keep_vae", action="store_true", help="do not train the VAE of --init any further")
+    parser.add_argument("--keep_text", action="store_true", help="nor its text encoder by itself")
     parser.add_argument("--max_steps", type=int, help="stop each part after so many steps, whatever the clock says")
     parser.add_argument("--compile", action="store_true", help="compile the blocks: faster steps, a slower start")
     parser.add_argument("--optimizer", choices=("muon", "adamw"), default="muon", help="of the blocks' matrices")
@@ -38,8 +40,8 @@ def parse(argv=None):
     parser.add_argument("--cpu", action="store_true", help="train on the CPU even if there is a GPU")
     parser.add_argument("--log_every", type=float, default=20.0, help="seconds between two lines (default: 20)")
     args = parser.parse_args(argv)
-    if args.keep_vae and args.init is None:
-        parser.error("--keep_vae means something with --init only")
+    if (args.keep_vae or args.keep_text) and args.init is None:
+        parser.error("--keep_vae and --keep_text mean something with --init only")
     return args
 
 
@@ -55,6 +57,7 @@ def main(argv=None):
     args.output.mkdir(parents=True, exist_ok=True)
     job = Job(args, accelerator)
     job.train_vae()
+    job.train_text()
     try:
         job.train_transformer()
     finally:  # whatever was learned before something went wrong
@@ -120,7 +123,7 @@ class Job:
         vae.train()
         trained = _miniature.AutoEncoder(vae)
         optimizer = torch.optim.AdamW(vae.parameters(), lr=1.0, betas=(0.9, 0.99), weight_decay=0.0)
-        frames = min(17, self.size.frames)
+        batches = self.size.vae_batches
         clock = Clock(self, "vae", self.args.vae_minutes)
 
         def losses(video):
@@ -134,16 +137,11 @@ class Job:
 
         gradients = Gradients(losses, vae.parameters(), self.accelerator)
         for step in clock:
-            # full size, and the half size that the first stage of the transformer sees
-            pixels, clips = (
-                (self.size.pixels, self.size.vae_clips)
-                if step % 3
-                else (self.size.pixels // 2, self.size.vae_clips * 4)
-            )
+            pixels, frames, clips = batches[step % len(batches)]
             _, video = self.clips(clips, frames=frames, pixels=pixels)
             _, error = gradients(video)
             set_rate(optimizer, 3e-3 * clock.rate(warmup=50))
-            self.accelerator.clip_grad_norm_(trained.parameters(), 1.0)
+            torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
             optimizer.step()
             clock.note(error)
         vae.eval().requires_grad_(False)
@@ -157,6 +155,50 @@ class Job:
         self.say(f"vae: PSNR {psnr:.1f} dB")
         self.state |= {"vae_done": True, "vae": vae.state_dict(), "vae_config": _statistics(vae)}
         self.save_state()
+
+    # --- the text encoder by itself
+
+    def train_text(self):
+        """A transformer learns slowly which colour belongs to which shape when embeddings leave that to it."""
+        import _miniature
+        import _world
+        import torch
+        import torch.nn.functional as F
+        from _training import Clock, Gradients, set_rate
+
+        if self.args.keep_text or "model" in self.state:
+            return
+        encoder = self.pipe.text_encoder.to(self.device).train()
+        reader = torch.nn.Linear(encoder.config.d_model, len(_world.FACTS)).to(self.device)
+        weights = [*encoder.parameters(), *reader.parameters()]
+        optimizer = torch.optim.AdamW(weights, lr=1.0, betas=(0.9, 0.98), weight_decay=0.0)
+
+        def read(ids):
+            return reader(self.family.text(encoder, ids))
+
+        def losses(ids, stated, words):
+            errors = F.binary_cross_entropy_with_logits(read(ids), stated, reduction="none").sum(-1)
+            return ((errors * words).sum() / words.sum(),)
+
+        def batch(scenes):
+            ids = _miniature.token_ids([scene.prompt for scene in scenes], _miniature.TEXT_TOKENS, self.pipe.tokenizer)
+            return [x.to(self.device) for x in (ids, *_miniature.facts(scenes, _miniature.TEXT_TOKENS))]
+
+        limit = min(self.size.text_steps, self.args.max_steps or self.size.text_steps)
+        clock = Clock(self, "text", 0, max_steps=limit)
+        gradients = Gradients(losses, weights, self.accelerator)
+        for _ in clock:
+            (loss,) = gradients(*batch([_world.draw_scene(self.rng) for _ in range(64)]))
+            set_rate(optimizer, 2e-3 * clock.rate(warmup=50))
+            torch.nn.utils.clip_grad_norm_(weights, 1.0)
+            optimizer.step()
+            clock.note(loss)
+        with torch.no_grad():
+            ids, stated, words = batch(_world.held_out_scenes(256))
+            right = ((read(ids) > 0) == (stated > 0)).all(-1) | (words == 0)
+        share = right.all(-1).float().mean().item()
+        self.curve.append({"part": "text", "read": round(share, 4)})
+        self.say(f"text: {share:.1%} of held-out prompts are read without an error")
 
     # --- transformer and text encoder
 

@@ -35,7 +35,7 @@ def parse(argv=None):
     parser.add_argument("--psa_minutes", type=float, default=1.3, help="of the sparse student (default: 1.3)")
     parser.add_argument("--teacher_steps", type=int, default=20, help="a multiple of 4 that divides 1000 (default: 20)")
     parser.add_argument("--guidance_scale", type=float, default=4.0, help="of the teacher (default: 4)")
-    parser.add_argument("--batch", type=int, default=16, help="clips a step (default: 16)")
+    parser.add_argument("--batch", type=int, default=8, help="clips a step (default: 8)")
     parser.add_argument("--rollout_batch", type=int, default=64, help="clips of the teacher at a time (default: 64)")
     parser.add_argument("--learning_rate", type=float, default=1e-3)
     parser.add_argument("--max_steps", type=int, help="stop each part after so many steps, whatever the clock says")
@@ -203,14 +203,9 @@ class Distillation:
     def train(self, part, masters, minutes, *, cooldown=True, max_steps=None):
         """Follow the teacher until the time is up or the steps are done; return how many there were."""
         import torch
-        from _training import Clock
+        from _training import Clock, Gradients
 
-        clock = Clock(self, part, minutes, max_steps=max_steps)
-        for _ in clock:
-            chosen = torch.randint(
-                self.states.shape[1], (self.args.batch,), generator=self.generator, device=self.device
-            )
-            text, teacher = self.texts[chosen], self.states[:, chosen].float()
+        def losses(teacher, text):
             x, total = teacher[0], 0.0
             for number in range(STEPS):
                 now, then = self.alphas[number], self.alphas[number + 1]
@@ -220,13 +215,21 @@ class Distillation:
                 keep = ((1 - then) / (1 - now)) ** 0.5
                 add = then**0.5 - now**0.5 * keep
                 target = (teacher[number + 1] - keep * x) / add
-                loss = (clean - target).square().mean()
-                (loss / STEPS).backward()
-                total = total + loss.detach() / STEPS
+                total = total + (clean - target).square().mean() / STEPS
                 x = keep * x + add * clean.detach()
+            return (total,)
+
+        clock = Clock(self, part, minutes, max_steps=max_steps)
+        # the plain stages of sparse attention ask the device how many rows there are: no graph holds that
+        gradients = Gradients(losses, masters.weights, self.accelerator, graph=part != "psa")
+        for _ in clock:
+            chosen = torch.randint(
+                self.states.shape[1], (self.args.batch,), generator=self.generator, device=self.device
+            )
+            (loss,) = gradients(self.states[:, chosen].float(), self.texts[chosen])
             rate = clock.rate(warmup=20) if cooldown else min(1.0, (clock.step + 1) / 20)
             masters.step(self.args.learning_rate * rate)
-            clock.note(total)
+            clock.note(loss)
         return clock.step
 
     def save(self, name, masters):

@@ -30,7 +30,7 @@ def load_helper(name):
     return sys.modules[name]
 
 
-world, measure, _, training = (load_helper(name) for name in ("_world", "_measure", "_miniature", "_training"))
+world, measure, miniatures, training = (load_helper(name) for name in ("_world", "_measure", "_miniature", "_training"))
 
 
 @dataclass
@@ -196,6 +196,49 @@ def test_training_learns(trained):
     assert len(vae) == len(transformer) == 40
     assert sum(vae[-5:]) < 0.75 * sum(vae[:5])
     assert sum(transformer[-10:]) < 0.95 * sum(transformer[:10])
+    text = losses(curve, "text")
+    assert text[-1] < 0.75 * text[0]
+
+
+def test_muon_is_that_of_torch():
+    ours, theirs = ([torch.nn.Parameter(torch.randn(shape, generator=torch.Generator().manual_seed(n))) for n, shape in
+                     enumerate([(32, 64), (64, 32), (32, 64), (64, 64)])] for _ in range(2))  # fmt: skip
+    settings = {"lr": 2e-3, "momentum": 0.95, "weight_decay": 0.01}
+    optimizers = training.Muon(ours, **settings), torch.optim.Muon(theirs, **settings, adjust_lr_fn="match_rms_adamw")
+    before = [weight.detach().clone() for weight in ours]
+    for step in range(5):
+        for n, (one, other) in enumerate(zip(ours, theirs, strict=True)):
+            one.grad = torch.randn(one.shape, generator=torch.Generator().manual_seed(100 * step + n))
+            other.grad = one.grad.clone()
+        for optimizer in optimizers:
+            optimizer.step()
+    for one, other, start in zip(ours, theirs, before, strict=True):
+        moved = (other - start).abs().max()
+        # both orthogonalise in bfloat16; products of a stack may round in another order
+        assert (one - other).abs().max() <= 2**-6 * moved
+        assert moved > 5e-4
+
+
+def test_a_phrase_states_what_it_says():
+    scenes = [world.parse_prompt(prompt) for prompt in (
+        "two white rings stand still over a plain navy background",
+        "a blue square moves up and a red circle moves down over a dotted brown background, the camera pans left",
+        "a green triangle moves right in front of a yellow square over a checkered teal background",
+    )]  # fmt: skip
+    stated, words = miniatures.facts(scenes, 32)
+    said = [
+        [{world.FACTS[k] for k in token.nonzero()[:, 0].tolist()} for token in row[: int(mask.sum())]]
+        for row, mask in zip(stated, words, strict=True)
+    ]
+    assert said[0] == 5 * [{"two", "white", "ring", "stands still"}] + 5 * [{"plain", "navy"}]
+    assert said[1][:5] == 5 * [{"a", "blue", "square", "moves up"}]
+    assert said[1][5:11] == 6 * [{"a", "red", "circle", "moves down"}]
+    assert said[1][11:] == 10 * [{"dotted", "brown", "pans left"}]
+    assert said[2][0] == {"a", "green", "triangle", "moves right", "in front"}
+    assert said[2][5] == {"a", "yellow", "square", "stands still", "behind"}
+    # a phrase for every token that the tokenizer makes, but the end
+    ids = miniatures.token_ids([scene.prompt for scene in scenes], 32, miniatures.tokenizer())
+    assert ((ids > 1).float() == words).all()
 
 
 def test_training_goes_on_where_it_stopped(trained):
@@ -251,7 +294,7 @@ def test_a_run_can_start_from_another(trained, tmp_path):
     family, folder, _, _ = trained
     done = run_script(
         "train_demo", "--family", family, "--preset", "toy", "--output", tmp_path, "--init", folder / "pipeline",
-        "--keep_vae", "--max_steps", 1, "--cpu",
+        "--keep_vae", "--keep_text", "--max_steps", 1, "--cpu",
     )  # fmt: skip
     assert "starting from" in done.stdout
     assert not losses(json.loads((tmp_path / "curve.json").read_text())["curve"], "vae")
