@@ -177,7 +177,7 @@ def test_a_dense_step_runs_the_kernel_of_cudnn(name, dim):
     enable_psa(pipe, "baseline", report=True)
     with torch.no_grad():
         forwards.forward(pipe, inputs)
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], acc_events=True) as profile:
             forwards.forward(pipe, inputs)
     ran = {event.key: event.count for event in profile.key_averages()}
     assert [record["kind"] for record in psa_report(pipe).records] == ["dense"] * 4  # two layers, twice
