@@ -3,7 +3,7 @@
     python scripts/benchmark.py                                    CogVideoX-5B at 480p, one head (what a CPU can do)
     python scripts/benchmark.py --shape all --json docs/benchmarks/gpu.jsonl           on a GPU: every shape
     python scripts/benchmark.py --shape wan2.1-1.3b-720p --peers --psa_checkout ../psa --pisa_checkout ../pisa
-    python scripts/benchmark.py --plot docs/benchmarks/speed.png --json docs/benchmarks/gpu.jsonl --draw_only
+    python scripts/benchmark.py --plot docs/figures/speed.png --draw_from docs/benchmarks/gpu*.jsonl
 
 A gate comes first: reading everything at full resolution must be dense attention, and each mix must agree with the
 torch stages on some blocks of queries, both to rounding; for a wrong answer no time is printed. Times are medians of
@@ -378,25 +378,40 @@ def draw(lines, path):
     """Run time against density on every shape, with the line of a kernel that is as fast as dense attention."""
     from matplotlib.figure import Figure
 
+    # what was measured last counts
+    lines = {(line["shape"], _label(line), round(line["density"], 2)): line for line in lines if "speedup" in line}
+    lines = list(lines.values())
+    labels = list(dict.fromkeys(map(_label, lines)))
     shapes = list(dict.fromkeys(line["shape"] for line in lines))
-    columns = min(4, len(shapes))
+    columns = min(3, len(shapes))
     rows = -(-len(shapes) // columns)
-    figure = Figure(figsize=(4.2 * columns, 3.4 * rows), layout="constrained")
-    for axis, name in zip(figure.subplots(rows, columns, squeeze=False).flat, shapes, strict=False):
-        here = [line for line in lines if line["shape"] == name and "ms" in line]
-        dense = next(line["ms"] for line in here if line["provider"] == "dense cuDNN")
-        axis.plot([0, 1], [0, 1], color="0.6", linewidth=1, label="density x dense cuDNN")
-        groups = {}
-        for line in here:
-            groups.setdefault(line["provider"], []).append((line["density"], line["ms"] / dense))
-        for provider, points in groups.items():
-            points.sort()
-            ours = provider == "psa_diffusers"
-            axis.plot(*zip(*points, strict=True), "o-" if ours else "s", markersize=4, label=provider)
-        axis.set(title=name, xlabel="density", ylabel="time / dense cuDNN", xlim=(0, 1.05), ylim=(0, None))
+    figure = Figure(figsize=(4.2 * columns, 3.6 * rows + 0.6), layout="constrained")
+    axes = list(figure.subplots(rows, columns, squeeze=False).flat)
+    shown = {}
+    for axis, name in zip(axes, shapes, strict=False):
+        (shown["density x dense cuDNN"],) = axis.plot([0.05, 1], [0.05, 1], color="0.6", linewidth=1)
+        for number, label in enumerate(labels):
+            here = [line for line in lines if line["shape"] == name and _label(line) == label]
+            if here:
+                points = sorted((line["density"], 1 / line["speedup"]) for line in here)
+                style = "o-" if here[0]["provider"] == "psa_diffusers" else "s"
+                (shown[label],) = axis.plot(*zip(*points, strict=True), style, color=f"C{number}", markersize=5)
+        axis.set(title=name, xlabel="density", ylabel="time / dense cuDNN", xscale="log", yscale="log")
+        for ticks in (axis.set_xticks, axis.set_yticks):
+            marks = [0.05, 0.1, 0.2, 0.5, 1]
+            ticks(marks, labels=[f"{mark:g}" for mark in marks])
+            ticks([], minor=True)
+        axis.grid(alpha=0.3)
         axis.title.set_fontsize("medium")
-    figure.axes[0].legend(fontsize="x-small")
-    figure.savefig(path, dpi=110)
+    for axis in axes[len(shapes) :]:
+        axis.remove()
+    figure.legend(shown.values(), shown.keys(), loc="outside lower center", ncols=5, fontsize="small")
+    figure.savefig(path, dpi=100)
+
+
+def _label(line):
+    ours = line["provider"] == "psa_diffusers"
+    return f"psa_diffusers, {line['mix']}" if ours else line["provider"]
 
 
 def main():
@@ -415,14 +430,17 @@ def main():
     parser.add_argument("--pisa_checkout", type=Path, help="folder of the PISA repository")
     parser.add_argument("--json", type=Path, help="file to append the results to, one JSON line each")
     parser.add_argument("--plot", type=Path, help="picture of run time against density, from the file of --json")
-    parser.add_argument("--draw_only", action="store_true", help="measure nothing, only draw")
+    parser.add_argument("--draw_from", nargs="+", type=Path, metavar="FILE", help="measure nothing, draw what is there")
     args = parser.parse_args()
-    if args.draw_only and not (args.plot and args.json):
-        parser.error("--draw_only needs --plot and --json")
-    if not args.draw_only:
+    if args.draw_from and not args.plot:
+        parser.error("--draw_from needs --plot, the file to draw into")
+    if args.plot and not (args.draw_from or args.json):
+        parser.error("--plot needs --json or --draw_from, the files with what was measured")
+    if not args.draw_from:
         run(args)
     if args.plot:
-        draw([json.loads(line) for line in args.json.read_text().splitlines()], args.plot)
+        files = args.draw_from or [args.json]
+        draw([json.loads(line) for file in files for line in file.read_text().splitlines()], args.plot)
 
 
 def run(args):
