@@ -42,7 +42,7 @@ class Size:
     latents: int = 8
     pixels: int = 128
     frames: int = 49
-    stages: tuple[tuple[float, int, int], ...] = ((0.4, 64, 48), (0.6, 128, 16))
+    stages: tuple[tuple[float, int, int], ...] = ((0.6, 64, 48), (0.4, 128, 16))
     uses: int = 8
     pool: int = 32
     vae_batches: tuple[tuple[int, int, int], ...] = ((128, 17, 8), (64, 49, 11), (128, 49, 3))

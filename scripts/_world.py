@@ -5,8 +5,8 @@
     a blue square moves up and a red circle moves down over a dotted brown background, the camera pans left
     a green triangle moves right in front of a yellow square over a checkered teal background
 
-Lengths are shares of the frame, x to the right and y down. A clip lasts one unit of time, whatever its number of
-frames.
+Of a pair, the first one is on the left, or above. Lengths are shares of the frame, x to the right and y down. A clip
+lasts one unit of time, whatever its number of frames.
 """
 
 import math
@@ -37,6 +37,9 @@ MOTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1), "sti
 NUMBERS = {1: "a", 2: "two", 3: "three"}
 CAMERAS = {None: 0.0, "left": 0.5, "right": -0.5}  # way of the ground over a clip
 KINDS = {"one": 0.4, "many": 0.2, "pair": 0.22, "front": 0.18}
+TRAINED_KINDS = {"one": 0.2, "many": 0.15, "pair": 0.37, "front": 0.28}  # what is harder is shown more often
+PANS = 0.4  # share of the clips in which the camera pans, where there is a texture
+TRAINED_PANS = 0.5
 AXES = (("left", "right", "still"), ("up", "down", "still"))
 MAX_THINGS = 3
 
@@ -159,7 +162,8 @@ _THINGS = [Thing(color, shape, motion) for color in COLORS for shape in SHAPES f
 
 def draw_scene(rng: random.Random, *, held_out: bool = False) -> Scene:
     """Draw a scene: of things that are in the training set, or with a first thing that is not."""
-    kind = rng.choices(list(KINDS), list(KINDS.values()))[0]
+    kinds, pans = (KINDS, PANS) if held_out else (TRAINED_KINDS, TRAINED_PANS)
+    kind = rng.choices(list(kinds), list(kinds.values()))[0]
     while True:
         first = rng.choice(_THINGS)
         if first.held_out == held_out and not (kind == "front" and first.motion == "still"):
@@ -174,7 +178,7 @@ def draw_scene(rng: random.Random, *, held_out: bool = False) -> Scene:
                 break
         things = (first, second)
     texture = rng.choice(TEXTURES)
-    camera = rng.choice(("left", "right")) if texture != "plain" and rng.random() < 0.4 else None
+    camera = rng.choice(("left", "right")) if texture != "plain" and rng.random() < pans else None
     count = rng.choice((2, 3)) if kind == "many" else 1
     return Scene(kind, things, count, rng.choice(list(GROUNDS)), texture, camera)
 
@@ -212,11 +216,9 @@ def _place(scene: Scene, rng: random.Random) -> list[tuple[Thing, float, float, 
         return [path(first, near(lane, 0.02), near(0.5, 0.06), way, radius) for lane in lanes]
     if scene.kind == "pair":
         horizontal = all(thing.motion in AXES[0] for thing in scene.things)
-        lanes = [0.27, 0.73]
-        rng.shuffle(lanes)
         return [
             path(thing, near(lane, 0.03), near(0.5, 0.06), near(0.5, 0.05), near(0.165, 0.015))
-            for thing, lane in zip(scene.things, lanes, strict=True)
+            for thing, lane in zip(scene.things, (0.27, 0.73), strict=True)
         ]
     back = path(scene.things[1], near(0.5, 0.03), near(0.5, 0.03), 0, near(0.175, 0.01))
     middle = back[2] if MOTIONS[first.motion][0] else back[1]

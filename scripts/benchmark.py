@@ -285,10 +285,12 @@ def measure(name, shape, q, k, v, args, rate, emit):
         emit(base | line | times(flash, work, rate) | {"speedup": round(dense_ms[0] / flash[0], 2)})
 
     mixes = args.mix or (GPU_MIXES if on_gpu else CPU_MIXES)
+    timed_presets = set()
     for mix, density in [(mix, density) for mix in mixes for density in args.density]:
         preset = fitted(MIXES[mix], shape, density)
-        if mix == "all" and density != args.density[0]:
+        if (mix, preset) in timed_presets:
             continue
+        timed_presets.add((mix, preset))
         case = Case(q, k, v, shape, preset.replace(name=mix))
         pyramid = case.pyramid()
         importance = case.importance(pyramid)

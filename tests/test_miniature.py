@@ -87,6 +87,17 @@ def test_no_training_scene_shows_what_is_held_out():
     assert len({scene.prompt for scene in held}) == 64
 
 
+def test_of_a_pair_the_first_is_on_the_left_or_above():
+    rng = random.Random(5)
+    pairs = [scene for scene in (world.draw_scene(rng) for _ in range(400)) if scene.kind == "pair"]
+    assert len(pairs) > 100
+    for scene in pairs:
+        first, second = world.pack([scene], rng)["things"][0, :2, 1:5]
+        side_by_side = any(thing.motion in ("up", "down") for thing in scene.things)
+        across = 0 if side_by_side else 1
+        assert all(first[end + across] < second[end + across] for end in (0, 2)), scene.prompt
+
+
 def test_a_clip_at_half_the_size_shows_the_same():
     packed = world.pack([world.parse_prompt(world.EXAMPLE)], random.Random(0))
     large, small = (world.render(packed, frames=5, size=size) for size in (128, 64))
