@@ -18,6 +18,7 @@ from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+_KINDS = ("one", "many", "pair", "front")
 _ROW = re.compile(r"(?:(?P<lora>\w+):)?(?P<preset>[\w./-]+)(?:@(?P<steps>\d+)(?:g(?P<guidance>\d+(?:\.\d+)?))?)?")
 
 
@@ -78,7 +79,7 @@ def main(argv=None):
     for row in args.rows:
         clips[row], facts = job.make(row)
         job.judge(row, clips[row], clips[args.rows[0]], facts)
-    job.show_attributes()
+    job.show_details()
     if args.json:
         job.write(args.json)
     if args.sheet:
@@ -214,14 +215,16 @@ class Evaluation:
         with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
             judged = list(pool.map(self._judge_one, self.scenes, clips, reference, [reference is clips] * len(clips)))
         torch.set_num_threads(threads)
-        by_name = defaultdict(list)
-        for one in judged:
+        by_name, by_kind = defaultdict(list), defaultdict(list)
+        for scene, one in zip(self.scenes, judged, strict=True):
+            by_kind[scene.kind].append(all(one["right"].values()))
             for name, is_right in one["right"].items():
                 by_name[name.removesuffix(" 2")].append(is_right)
         self.results[row] = {
             **facts,
             "adherence": _mean(all(one["right"].values()) for one in judged),
             "attributes": {name: _mean(values) for name, values in by_name.items()},
+            "kinds": {kind: _mean(by_kind[kind]) for kind in _KINDS if kind in by_kind},
             "flicker": _mean(one["flicker"] for one in judged),
             **{name: _mean(one[name] for one in judged) for name in ("psnr", "ssim") if name in judged[0]},
             "prompts": [{"prompt": scene.prompt, **one} for scene, one in zip(self.scenes, judged, strict=True)],
@@ -253,13 +256,15 @@ class Evaluation:
             one |= compare_videos(clip, np.asarray(reference, dtype=np.float32))
         return one
 
-    def show_attributes(self):
-        names = list(dict.fromkeys(name for result in self.results.values() for name in result["attributes"]))
-        width = max(map(len, self.results))
-        print(f"\n{'right, in %':{width}}  " + "  ".join(names))
-        for row, result in self.results.items():
-            cells = (f"{100 * result['attributes'].get(name, 0):{len(name)}.0f}" for name in names)
-            print(f"{row:{width}}  " + "  ".join(cells))
+    def show_details(self):
+        """What is right of every attribute, and of every kind of scene."""
+        width = max(map(len, (*self.results, "all attributes right, in %")))
+        for title, part in (("attribute right, in %", "attributes"), ("all attributes right, in %", "kinds")):
+            names = list(dict.fromkeys(name for result in self.results.values() for name in result[part]))
+            print(f"\n{title:{width}}  " + "  ".join(f"{name:>5}" for name in names))
+            for row, result in self.results.items():
+                cells = (f"{100 * result[part].get(name, 0):{max(5, len(name))}.0f}" for name in names)
+                print(f"{row:{width}}  " + "  ".join(cells))
 
     def write(self, path):
         from psa_diffusers.generation import environment, write_json
