@@ -90,12 +90,12 @@ class Scene:
         number = NUMBERS[self.count]
         words = f"{number} {first.color} {first.shape}{'s' * many} {_verb(first.motion, many)}"
         facts = {first.color, first.shape, _verb(first.motion, False), number}
-        phrases = [(words, facts | {"in front"} if self.kind == "front" else facts)]
+        phrases = [(words, facts | {"pair": {"first"}, "front": {"in front"}}.get(self.kind, set()))]
         if self.kind == "pair":
             second = self.things[1]
             verb = _verb(second.motion, False)
             words = f" and a {second.color} {second.shape} {verb}"
-            phrases.append((words, {second.color, second.shape, verb, NUMBERS[1]}))
+            phrases.append((words, {second.color, second.shape, verb, NUMBERS[1], "second"}))
         elif self.kind == "front":
             back = self.things[1]
             words = f" in front of a {back.color} {back.shape}"
@@ -152,8 +152,8 @@ WORDS = sorted(
 """Every word that a prompt can hold, the comma too."""
 
 FACTS = (
-    *COLORS, *SHAPES, *(_verb(motion, False) for motion in MOTIONS), *NUMBERS.values(), "in front", "behind",
-    *TEXTURES, *GROUNDS, *(f"pans {side}" for side in CAMERAS if side),
+    *COLORS, *SHAPES, *(_verb(motion, False) for motion in MOTIONS), *NUMBERS.values(), "first", "second",
+    "in front", "behind", *TEXTURES, *GROUNDS, *(f"pans {side}" for side in CAMERAS if side),
 )  # fmt: skip
 """Every fact that a prompt can state about a thing or the ground."""
 

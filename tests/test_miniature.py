@@ -242,8 +242,8 @@ def test_a_phrase_states_what_it_says():
         for row, mask in zip(stated, words, strict=True)
     ]
     assert said[0] == 5 * [{"two", "white", "ring", "stands still"}] + 5 * [{"plain", "navy"}]
-    assert said[1][:5] == 5 * [{"a", "blue", "square", "moves up"}]
-    assert said[1][5:11] == 6 * [{"a", "red", "circle", "moves down"}]
+    assert said[1][:5] == 5 * [{"a", "blue", "square", "moves up", "first"}]
+    assert said[1][5:11] == 6 * [{"a", "red", "circle", "moves down", "second"}]
     assert said[1][11:] == 10 * [{"dotted", "brown", "pans left"}]
     assert said[2][0] == {"a", "green", "triangle", "moves right", "in front"}
     assert said[2][5] == {"a", "yellow", "square", "stands still", "behind"}
