@@ -73,7 +73,7 @@ def psa_attention(
     grid = (1, 1, q.shape[2] - text_tokens) if grid is None else tuple(int(size) for size in grid)
     _check_grid(q, grid, text_tokens)
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
-    if return_schedule or schedule is not None or _needs_grad(q, k, v):
+    if return_schedule or schedule is not None or needs_grad(q, k, v):
         out, schedule = _run(q, k, v, preset_of_key(key), grid, text_tokens, text_first, scale, backend, schedule)
         return (out, schedule) if return_schedule else out
     return _psa_op(q, k, v, key, list(grid), text_tokens, text_first, scale, backend)
@@ -223,7 +223,7 @@ def resolve_backend(backend: str, q: Tensor) -> str:
 
 
 def _why_no_triton(q: Tensor) -> str | None:
-    if _needs_grad(q):
+    if needs_grad(q):
         return "the Triton kernels have no backward pass and an input requires a gradient"
     if q.dtype == torch.float64:
         return "the Triton kernels take float32, float16 and bfloat16, not float64"
@@ -270,7 +270,8 @@ def _column(backend: str) -> ModuleType:
     return kernels
 
 
-def _needs_grad(*tensors: Tensor) -> bool:
+def needs_grad(*tensors: Tensor) -> bool:
+    """Whether autograd would record what is done with any of the tensors."""
     return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
 
 
@@ -349,9 +350,16 @@ def _check_schedule(schedule: Schedule, q: Tensor, layout: Layout, factors: tupl
     if not isinstance(schedule, Schedule):
         raise TypeError(f"schedule must be a Schedule that psa_attention returned, got a {type(schedule).__name__}")
     shape = (q.shape[0], q.shape[1], layout.num_query_blocks, layout.num_key_blocks)
-    expected = {"[B, H, M, N]": shape, "block_n": layout.block_n, "factors": factors, "device": q.device}
-    ids = schedule.block_ids
-    found = dict(zip(expected, (tuple(ids.shape), schedule.block_n, schedule.factors, ids.device), strict=True))
+    expected = {
+        "[B, H, M, N]": shape,
+        "[B, H, M, F + 1]": (*shape[:3], len(factors) + 1),
+        "block_n": layout.block_n,
+        "factors": factors,
+        "device": q.device,
+    }
+    ids, offsets = schedule.block_ids, schedule.offsets
+    has = (tuple(ids.shape), tuple(offsets.shape), schedule.block_n, schedule.factors, ids.device)
+    found = dict(zip(expected, has, strict=True))
     if found != expected:
         told = [", ".join(f"{name} = {value}" for name, value in each.items()) for each in (expected, found)]
         raise ValueError(f"schedule is of another call: expected {told[0]}; got {told[1]}. Leave it out to decide anew")

@@ -9,13 +9,14 @@ import pytest
 import tiny
 import torch
 from budget import assert_within_budget
+from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 from forwards import captured_inputs
 from tiny import ALL_CASES, CASES, TINY_PRESET
 
 from psa_diffusers import PSAPreset, PSAProcessor, psa_attention, stages
 from psa_diffusers.layout import make_layout
 from psa_diffusers.models import processor
-from psa_diffusers.models.kept import KeptSchedules
+from psa_diffusers.models.kept import MOST_BRANCHES, KeptSchedules
 from psa_diffusers.orders import video_order
 from psa_diffusers.pipeline import disable_psa, enable_psa
 from psa_diffusers.preset import KEY_VARIANCE_CAP
@@ -118,6 +119,11 @@ def test_a_dense_preset_stays_dense_under_its_schedule(rng):
             lambda s: replace(s, block_ids=s.block_ids[:, :, 1:]),
             ValueError,
             r"of another call: .* = \(1, 2, 6, 6\).*Leave",
+        ),
+        (
+            lambda s: replace(s, offsets=s.offsets[..., 1:]),
+            ValueError,
+            r"F \+ 1\] = \(1, 2, 6, 4\).*got.* = \(1, 2, 6, 3\)",
         ),
         (lambda s: replace(s, factors=(1, 2)), ValueError, r"factors = \(1, 2, 8\).*got.*factors = \(1, 2\)"),
         (lambda s: replace(s, block_n=32), ValueError, "got .*block_n = 32"),
@@ -264,10 +270,15 @@ def test_density_is_that_of_what_ran(calls):
 
 
 @pytest.fixture
-def bare(calls):
-    """A denoiser with a `PSAProcessor`, and inputs for it: `run(timestep, text)`."""
+def denoiser():
     denoiser = tiny.wan_transformer(layers=1)
     denoiser.set_attn_processor(PSAProcessor(**TINY_PRESET, refresh_every=2))
+    return denoiser
+
+
+@pytest.fixture
+def bare(denoiser, calls):
+    """The denoiser without a pipeline, and inputs for it: `run(timestep, text)`."""
 
     def run(timestep, text, grid=tiny.GRID):
         latents = torch.linspace(0, 1, 16 * grid[0] * grid[1] * grid[2] * 4).view(1, 16, grid[0], 2 * grid[1], -1)
@@ -300,6 +311,33 @@ def test_forwards_of_one_step_with_one_text_are_told_apart_by_order(bare):
     made = [bare(9.0, positive) for _ in range(3)]
     assert all(call["given"] is None for call in made)
     assert [bare(8.0, positive)["given"] for _ in range(2)] == [call["used"] for call in made[:2]]
+
+
+def test_forwards_beyond_the_bound_decide_anew_and_leave_the_others_their_maps(bare):
+    text = texts()[0]
+    made = [bare(9.0, text) for _ in range(MOST_BRANCHES + 2)]
+    again = [bare(8.0, text)["given"] for _ in range(MOST_BRANCHES + 2)]
+    assert again == [call["used"] for call in made[:MOST_BRANCHES]] + [None] * 2
+
+
+def test_one_timestep_again_and_again_does_not_fill_the_memory(bare, calls):
+    before, text = schedules_alive(), texts()[0]
+    for _ in range(3 * MOST_BRANCHES):
+        bare(9.0, text)
+    calls.clear()
+    assert schedules_alive() - before == MOST_BRANCHES + 1  # with that of the forward that may still run
+
+
+def test_when_other_processors_are_set_nothing_is_held(bare, calls, denoiser):
+    before, ours = schedules_alive(), denoiser.blocks[0].attn1.processor
+    bare(9.0, texts()[0])
+    last = calls.copy()
+    denoiser.set_attn_processor(WanAttnProcessor())
+    bare(8.0, texts()[0])
+    assert calls == last
+    calls.clear(), last.clear()
+    assert schedules_alive() == before
+    assert isinstance(ours, PSAProcessor)  # which the user may keep
 
 
 def test_a_text_that_is_made_anew_in_every_step_never_gets_the_map_of_another(bare):
@@ -382,6 +420,15 @@ def test_in_training_nothing_is_kept(decided):
             pipe.transformer(**{**inputs, "timestep": torch.tensor([timestep])})
     assert decided["importance"] == 4
     assert {record["reason"][:22] for record in records(pipe)} == {"a gradient is required"}
+
+
+def test_while_a_cuda_graph_is_captured_nothing_is_kept_or_used(bare, monkeypatch, caplog):
+    given, text = [], texts()[0]
+    for timestep, is_captured in [(9.0, True), (8.0, False), (7.0, True)]:
+        monkeypatch.setattr(processor, "_is_captured", lambda x, is_captured=is_captured: is_captured)
+        given.append(bare(timestep, text)["given"])
+    assert given == [None] * 3
+    assert caplog.text.count("a CUDA graph is being captured") == 1
 
 
 @pytest.mark.parametrize("report", [False, True])

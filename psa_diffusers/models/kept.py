@@ -14,6 +14,10 @@ from psa_diffusers.stages.schedule import Schedule
 Now = tuple[int, int]
 """Round of the clock, and step within it."""
 
+MOST_BRANCHES = 8
+"""Forwards whose schedules are kept at once. Without a bound, a denoiser that is called again and again at one timestep
+would fill the memory."""
+
 
 class KeptSchedules:
     """Schedules of the sparse calls of a run, kept for some denoising steps by denoiser, guidance branch and layer.
@@ -36,13 +40,17 @@ class KeptSchedules:
         """Return the guidance branch that a forward belongs to, without what has become too old.
 
         Branches are told apart by the memory of their text, which the pipeline makes once a run. Forwards of one step
-        with the same text, or with none, are told apart by their order.
+        with the same text, or with none, are told apart by their order. What a forward beyond `MOST_BRANCHES` makes is
+        dropped when the next one begins.
 
         Args:
             denoiser: Its name.
             text: What it is given as `encoder_hidden_states`.
             now: The running step.
         """
+        for branch in self._branches[MOST_BRANCHES:]:
+            branch.clear()
+        del self._branches[MOST_BRANCHES:]
         for branch in self._branches:
             branch.drop_old(now, self.steps)
         self._branches = [branch for branch in self._branches if branch.kept or branch.now == now]

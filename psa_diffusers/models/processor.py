@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from psa_diffusers.attention import psa_attention, say_once, unsupported_head_dim
+from psa_diffusers.attention import needs_grad, psa_attention, say_once, unsupported_head_dim
 from psa_diffusers.models import ulysses
 from psa_diffusers.models.dense import fastest_dense
 from psa_diffusers.models.kept import Branch, KeptSchedules
@@ -348,10 +348,12 @@ class FamilyProcessor:
             return ""
         if torch.compiler.is_compiling():
             return "compiled code decides anew in every call what is read"
+        if _is_captured(q):
+            return "a CUDA graph is being captured, which may be replayed in any step"
         parallel = ulysses.context_parallel(self.original)
         if parallel is not None and self.dealer.is_needed(self.preset, q.shape[1], parallel.ulysses_degree):
             return "its heads are dealt to the processes anew in every call"
-        if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
+        if needs_grad(q, k, v):
             return "a gradient is required, and in training the next call is of another video"
         if self.site.branch is None:
             return "nothing tells the denoising step"
@@ -430,6 +432,11 @@ class FamilyProcessor:
             tokens=tokens,
             grid=grid,
         )
+
+
+def _is_captured(x: Tensor) -> bool:
+    """Whether a CUDA graph is being captured, which would read a kept schedule after its memory has gone."""
+    return x.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 @torch.compiler.assume_constant_result  # runs while torch compiles, not in compiled code
@@ -608,6 +615,7 @@ class PSAProcessor:
                 site.before_forward(denoiser, args, kwargs)
                 return
             handle.remove()  # the user has set other processors since
+            run.kept.clear()
             for part in ours:
                 self._processors.pop(part, None)
 
