@@ -1,7 +1,7 @@
 """How to launch each kernel on which chip: a table, so that the first call costs nothing and every run does the same.
 
-These are default rows: they compile, fit the shared memory of every chip of their class and spill no registers
-(tests/kernels/test_kernels_compile.py). They are not measured; measured rows come with the work on a GPU.
+Every row compiles, fits the shared memory of every chip of its class and spills no registers
+(tests/kernels/test_kernels_compile.py). Where a row was measured against others, it says so.
 """
 
 from dataclasses import dataclass

@@ -1,6 +1,6 @@
 """What mean pooling hides, estimated from the second moments of the keys and from a sample of query-key pairs.
 
-Plain torch on any device, all heads of a GPU at a time; there are no kernels for these two yet.
+Plain torch on any device; on a GPU all heads at a time.
 """
 
 from collections.abc import Iterator
