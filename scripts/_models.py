@@ -17,6 +17,12 @@ PROMPTS = (
     "Two dogs run through high grass towards the camera.",
     "A slow flight over a city of glass towers at sunrise.",
 )
+DEMO_PROMPTS = (
+    "a red circle moves left over a striped gray background",
+    "two yellow rings move up over a plain navy background",
+    "a blue triangle stands still over a dotted brown background",
+    "a green square moves right over a checkered teal background",
+)
 _SIZES = ("width", "height", "num_frames", "num_inference_steps")
 _CALL = (*_SIZES, "guidance_scale", "negative_prompt", "guidance_scale_2")
 
@@ -53,8 +59,8 @@ def open_model(model: str, args: argparse.Namespace) -> tuple[Any, dict[str, Any
     return pipe, {name: value for name, value in call.items() if value is not None}
 
 
-def read_prompts(args: argparse.Namespace) -> list[str]:
-    """The prompts of the file, without its empty lines, or our own."""
+def read_prompts(args: argparse.Namespace, model: str) -> list[str]:
+    """The prompts of the file, without its empty lines, or our own: the demo model has a language of its own."""
     if args.prompt_file is None:
-        return list(PROMPTS)
+        return list(DEMO_PROMPTS if model.casefold() == "demo" else PROMPTS)
     return [line for line in args.prompt_file.read_text(encoding="utf-8").splitlines() if line.strip()]

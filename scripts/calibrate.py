@@ -40,7 +40,7 @@ def main(argv=None):
     pipe, call = open_model(args.model, args)
     found = calibrate(
         pipe,
-        read_prompts(args),
+        read_prompts(args, args.model),
         target_error=args.target_error,
         target_density=args.target_density,
         path=args.path,

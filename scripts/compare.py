@@ -50,7 +50,7 @@ def main(argv=None):
     lpips = load_lpips() if args.lpips else None
     pipe, call = open_model(args.model, args)
     presets = choose_presets(args, family_of(pipe.transformer).section_of(pipe.transformer, pipe)[0])
-    prompts = read_prompts(args)
+    prompts = read_prompts(args, args.model)
     lines = []
     with tqdm(total=len(prompts) * (1 + len(presets)), unit="video", disable=None) as bar:
         for number, prompt in enumerate(prompts):

@@ -209,7 +209,7 @@ def record(args, path: Path) -> None:
     count = (call_defaults(pipe, ["num_inference_steps"]) | call)["num_inference_steps"]
     steps = args.record_steps or f"{count // 4},{count // 2},{count - 1}"
     with record_qkv(pipe, path, steps=steps, layers=args.record_layers, heads=args.record_heads) as recording:
-        for number, prompt in enumerate(read_prompts(args)[: args.record_prompts]):
+        for number, prompt in enumerate(read_prompts(args, args.record)[: args.record_prompts]):
             generate(pipe, {**call, "prompt": prompt, "output_type": "latent"}, seed=args.seed + number)
     print(f"{len(recording.records)} calls of self-attentions recorded, steps {steps} of {count}")
 

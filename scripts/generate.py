@@ -97,6 +97,18 @@ def read_prompts(args, config):
     return [prompt]
 
 
+def check_words(prompts, tokenizer, example):
+    """Refuse prompts with words that the demo model was never shown: it would draw something else without a word."""
+    from psa_diffusers.demo import unknown_words
+
+    for prompt in prompts:
+        if unknown := unknown_words(tokenizer, prompt):
+            raise ValueError(
+                f"the demo model does not know {', '.join(unknown)}, in {prompt!r}; it knows the words of "
+                f"docs/miniature.md, as in {example!r}"
+            )
+
+
 def call_arguments(args, config, pipe, recipe):
     """Arguments of the pipeline: the entry's, overruled by those that a few-step LoRA needs and by the command line.
 
@@ -129,15 +141,12 @@ def main(argv=None):
         lora = LoraSource(args.lora_path, args.lora_weight_name) if args.lora_path else None
         print(f"model {args.model} on {device}: loading ...", flush=True)
         pipe = generation.load_pipeline(config, device=device, lora=lora)
+        if config.source is None:
+            check_words(prompts, pipe.tokenizer, config.example_prompt)
         job = Job(args, config, pipe, device, overrides, lora or config.lora)
     except (ValueError, TypeError, OSError, ImportError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    if config.source is None:
-        from psa_diffusers.demo import has_trained_weights
-
-        if not has_trained_weights():
-            print("the demo model has random weights: expect moving colours, not what the prompt says", flush=True)
     args.output_dir.mkdir(parents=True, exist_ok=True)
     job.warm_up()
     job.run_all(prompts)

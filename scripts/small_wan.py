@@ -13,6 +13,7 @@ import math
 from pathlib import Path
 
 import torch
+from small_cogvideox import make_tokenizer
 from torch import nn
 
 HEADS, HEAD_DIM, LAYERS = 4, 64, 4
@@ -25,8 +26,6 @@ def make_small_wan(seed: int = 0):
     """The pipeline, float32; the global generator is left as it was."""
     from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, WanPipeline, WanTransformer3DModel
     from transformers import UMT5Config, UMT5EncoderModel
-
-    from psa_diffusers.demo import _tokenizer
 
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(seed)
@@ -63,7 +62,7 @@ def make_small_wan(seed: int = 0):
         )
         text_encoder = UMT5EncoderModel(text).eval()
     return WanPipeline(
-        tokenizer=_tokenizer(),
+        tokenizer=make_tokenizer(),
         text_encoder=text_encoder,
         vae=vae,
         transformer=transformer,

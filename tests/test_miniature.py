@@ -211,6 +211,26 @@ def test_training_learns(trained):
     assert text[-1] < 0.75 * text[0]
 
 
+@pytest.mark.parametrize("family", list(miniatures.FAMILIES.values()), ids=lambda family: family.name)
+def test_half_of_the_clips_are_noised_far(family):
+    pipe = miniatures.build_pipeline(family, miniatures.SIZES["toy"])
+    clean, noise = torch.randn(2, 4096, 1, 1, 1, 1, generator=torch.Generator().manual_seed(0))
+    noisy, timesteps, target = family.noised(pipe, clean, noise, torch.Generator().manual_seed(1))
+    assert timesteps.min() >= 0
+    assert timesteps.max() < 1000
+    place = timesteps / 1000  # of the schedule; Wan shifts its own
+    late = 0.8 if family.name == "cogvideox" else family.shift * 0.8 / (1 + (family.shift - 1) * 0.8)
+    far = (place >= late).float().mean()
+    assert abs(far - 0.6) < 5 * (0.6 * 0.4 / 4096) ** 0.5
+    # what is predicted leads back from the noisy clip to the clean one
+    if family.name == "cogvideox":
+        signal, rest = family.coefficients(pipe, timesteps, clean)
+        back = signal * noisy - rest * target
+    else:
+        back = noisy - place.view(-1, 1, 1, 1, 1) * target
+    torch.testing.assert_close(back, clean, atol=1e-5, rtol=1e-5)
+
+
 def test_muon_is_that_of_torch():
     ours, theirs = ([torch.nn.Parameter(torch.randn(shape, generator=torch.Generator().manual_seed(n))) for n, shape in
                      enumerate([(32, 64), (64, 32), (32, 64), (64, 64)])] for _ in range(2))  # fmt: skip
