@@ -39,7 +39,7 @@ def assign_block_levels(
     check_row(importance.shape[3], layout.block_n)
     level_map = torch.empty(importance.shape, dtype=torch.int16, device=importance.device)
     if mode == "topk":
-        select_levels(importance, layout, levels, cap, finite, level_map, None, None, ())
+        select_levels(importance, layout, levels, cap, finite, level_map)
     else:
         _sort_levels(importance, layout, levels, min_full_ratio, cap, finite, level_map)
     return level_map
@@ -51,12 +51,22 @@ def select_levels(
     levels: tuple[tuple[int, float], ...],
     cap: Tensor | None,
     finite: Tensor | None,
-    level_map: Tensor | None,
-    block_ids: Tensor | None,
-    offsets: Tensor | None,
-    factors: tuple[int, ...],
+    out: Tensor,
+    offsets: Tensor | None = None,
+    factors: tuple[int, ...] = (),
 ) -> None:
-    """Fill a level map by rank, or without one the lists of a schedule of ``factors``. As `assign_block_levels`."""
+    """Fill ``out`` by rank: with a level map, or where ``offsets`` are given with the block ids of a schedule.
+
+    Args:
+        importance: As in `assign_block_levels`.
+        layout: The same.
+        levels: The same.
+        cap: The same.
+        finite: The same.
+        out: ``[B, H, M, N]`` int16 level map, or ``block_ids`` of a schedule.
+        offsets: ``[B, H, M, F + 1]`` int32 of that schedule.
+        factors: Its factors.
+    """
     batch, heads, num_q, num_k = importance.shape
     ranked = layout.video_key_blocks
     size = max(16, next_power_of_2(num_k))
@@ -64,10 +74,10 @@ def select_levels(
     with on_device(importance):
         _select_kernel[(num_q, batch * heads)](
             importance.contiguous(), unused if cap is None else cap, unused if finite is None else finite,
-            block_ids if level_map is None else level_map, unused if offsets is None else offsets,
+            out, unused if offsets is None else offsets,
             tuple(float(round(bound * ranked)) for _, bound in levels[:-1]),
             num_k, layout.video_query_blocks, ranked,
-            LEVELS=tuple(factor for factor, _ in levels), FACTORS=tuple(factors), TO_MAP=level_map is not None,
+            LEVELS=tuple(factor for factor, _ in levels), FACTORS=tuple(factors), TO_MAP=offsets is None,
             HAS_CAP=cap is not None, HAS_FINITE=finite is not None, SIZE=size,
             num_warps=row_warps(size, 1024), enable_fp_fusion=True,
         )  # fmt: skip

@@ -62,7 +62,7 @@ def plan_blocks(
         )
         return make_schedule(level_map, factors, layout.block_n)
     schedule = _empty(importance, factors, layout.block_n)
-    select_levels(importance, layout, levels, cap, finite, None, schedule.block_ids, schedule.offsets, factors)
+    select_levels(importance, layout, levels, cap, finite, schedule.block_ids, schedule.offsets, factors)
     return schedule
 
 

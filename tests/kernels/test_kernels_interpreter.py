@@ -195,7 +195,8 @@ def test_gain_of_the_tilt_is_the_definition(m, n, dim, dtype, rng):
 def test_gain_of_the_tilt_over_many_blocks_and_queries(rng):
     from psa_diffusers import kernels
 
-    q, k, v = random_qkv(rng, 1, 1, 9000, 16)
+    q, k, v = random_qkv(rng, 2, 2, 9000, 16)
+    q, k, v = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v))
     layout = flat_layout(9000, 64, 32, CPU)
     pyramid = stages.build_pyramid(k, v + k, layout, (1, 32), value_tilt=True)
     ours, theirs = (column.fit_tilt(pyramid, q, k, v + k, layout, 0.25) for column in (kernels, stages))
@@ -341,14 +342,24 @@ def test_lists_with_caps_text_and_a_broken_head_are_those_of_the_stages(mode, rn
 
 def test_the_longest_rows(rng):
     from psa_diffusers import kernels
+    from psa_diffusers.kernels.levels import MAX_BLOCKS
 
-    importance = hard_rows(4096, rng)[:, :, [0, 1, 8]]
-    layout = flat_layout(16 * 4096, 16, 16, CPU)
+    importance = hard_rows(MAX_BLOCKS, rng)[:, :, [0, 1, 8]]
+    layout = flat_layout(16 * MAX_BLOCKS, 16, 16, CPU)
     layout = replace(layout, query_counts=torch.full((3,), 16, dtype=torch.int32), video_query_blocks=3)
-    levels = ((1, 0.095), (4, 0.225), (16, 0.385), (128, 1.0))
-    assert_same_lists(
-        *(column.plan_blocks(importance, layout, levels, "topk", (1, 4, 16, 128)) for column in (kernels, stages))
-    )
+    # the second rule fills one of two counts that share a number
+    for levels in (((1, 0.095), (4, 0.225), (16, 0.385), (128, 1.0)), ((4, 1.0),)):
+        assert_same_lists(
+            *(column.plan_blocks(importance, layout, levels, "topk", (1, 4, 16, 128)) for column in (kernels, stages))
+        )
+
+
+def test_rows_that_are_too_long_are_refused():
+    from psa_diffusers import kernels
+    from psa_diffusers.kernels.levels import MAX_BLOCKS
+
+    with pytest.raises(ValueError, match=f"at most {MAX_BLOCKS} key blocks a row, got {MAX_BLOCKS + 1} of 16 tokens"):
+        kernels.make_schedule(torch.ones(1, 1, 1, MAX_BLOCKS + 1, dtype=torch.int16), (1,), 16)
 
 
 def test_a_head_that_is_not_finite_reads_everything(rng):
