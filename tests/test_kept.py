@@ -151,14 +151,10 @@ def test_by_default_every_call_decides(name, decided, calls):
 
 
 @pytest.mark.parametrize("report", [True, False])
-@pytest.mark.parametrize("name", ["cogvideox", "wan2.1", "wan2.2-a14b"])
+@one_of_each
 def test_a_layer_decides_every_third_step_for_each_branch(name, report, decided, calls):
     pipe, case = enable(CASES[name].build(), report=report), CASES[name]
     case.run(pipe, steps=7)
-    if name == "wan2.2-a14b":  # the experts change in the middle, and each has maps of its own
-        first = sum(call["given"] is None for call in calls)
-        assert decided["importance"] == first < len(calls) / 2
-        return
     by_step = [calls[i : i + 2 * case.passes] for i in range(0, len(calls), 2 * case.passes)]
     assert len(by_step) == 7
     for step, made in enumerate(by_step):
@@ -168,6 +164,18 @@ def test_a_layer_decides_every_third_step_for_each_branch(name, report, decided,
     assert decided["importance"] == 3 * 2 * case.passes  # steps, layers, branches that run one after the other
     if report:
         assert [record["kept"] for record in records(pipe)] == [call["given"] is not None for call in calls]
+
+
+def test_two_experts_have_maps_of_their_own(decided, calls):
+    pipe = enable(CASES["wan2.2-a14b"].build(), report=True)
+    CASES["wan2.2-a14b"].run(pipe, steps=6)
+    kept = {(record["denoiser"], record["step"]): record["kept"] for record in records(pipe)}
+    assert kept == {
+        ("transformer", 0): False, ("transformer", 1): True,
+        ("transformer_2", 2): False, ("transformer_2", 3): True, ("transformer_2", 4): True,
+        ("transformer_2", 5): False,
+    }  # fmt: skip
+    assert decided["importance"] == sum(call["given"] is None for call in calls) == len(calls) / 2
 
 
 @one_of_each
@@ -216,6 +224,16 @@ def test_after_a_run_and_when_switched_off_nothing_is_held():
     assert schedules_alive() == before
     CASES["wan2.1"].run(pipe, callback_on_step_end=lambda pipe, i, t, kwargs: (disable_psa(pipe), kwargs)[1])
     assert schedules_alive() == before
+
+
+def test_what_a_denoiser_keeps_that_is_called_by_itself_goes_when_switched_off():
+    before, pipe = schedules_alive(), enable(CASES["wan2.1"].build())
+    site = pipe._psa_switch.sites[0][1]  # as a copy of a processor holds it
+    pipe.transformer(**captured_inputs(CASES["wan2.1"].build(), "wan2.1", steps=1, guidance=1.0)[0])
+    assert schedules_alive() == before + 2  # layers
+    disable_psa(pipe)
+    assert schedules_alive() == before
+    assert not site.run.is_on
 
 
 def test_while_the_pipeline_tells_the_step_the_timestep_is_not_read(monkeypatch):
@@ -348,6 +366,12 @@ def test_a_view_of_the_same_text_is_the_same_branch(bare):
     both = torch.cat(texts())
     made = [bare(9.0, part) for part in both.split(1)]
     assert [bare(8.0, part)["given"] for part in both.split(1)] == [call["used"] for call in made]
+
+
+def test_a_part_of_a_text_is_another_branch(bare):
+    positive, _ = texts()
+    bare(9.0, positive)
+    assert bare(8.0, positive[:, :4])["given"] is None
 
 
 def test_another_grid_drops_it(bare):
