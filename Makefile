@@ -28,8 +28,9 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	touch $@
 
+# passive: threads that wait leave the cores to whatever else runs, which would slow the demo down many times
 demo: install
-	$(BIN)/python scripts/generate.py --model demo --use_psa --compare --output_dir outputs/demo
+	OMP_WAIT_POLICY=PASSIVE $(BIN)/python scripts/generate.py --model demo --use_psa --compare --output_dir outputs/demo
 
 # TRITON_INTERPRET is read when a kernel is defined: interpreted and compiled kernels need a process each
 test: install

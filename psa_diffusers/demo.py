@@ -1,22 +1,18 @@
-"""The demo models: small CogVideoX and Wan pipelines that need no network, for `--model demo`, tests and first steps.
+"""The demo model: a small trained CogVideoX that ships with the package, for `--model demo`, tests and first steps.
 
-The trained ones are in `weights/`, with a card that says what they are; what they know is in docs/miniature.md. Where
-they were left out of an installation, a CogVideoX of random weights stands in. Those make no pictures, but they are
-drawn so that the model behaves like a trained one where it matters for attention: a token attends to its neighbours in
-space and time and to what resembles it, so the softmax is peaked. What grows out of the noise are coloured patches that
-move.
+Its card is weights/README.md; what it knows, and how it was trained, is in docs/miniature.md. Nothing is read before a
+pipeline is asked for.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import math
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from torch import nn
 
 if TYPE_CHECKING:
     from diffusers import CogVideoXPipeline, WanPipeline
@@ -28,7 +24,7 @@ __all__ = [
     "build_demo_pipeline",
     "check_hashes",
     "demo_lora",
-    "has_trained_weights",
+    "unknown_words",
     "write_hashes",
 ]
 
@@ -39,67 +35,51 @@ FAMILIES = {"cogvideox": "CogVideoXPipeline", "wan": "WanPipeline"}
 """The demo models and their pipeline classes."""
 
 HASHES = "hashes.json"
-TEXT_TOKENS = 64
-HEADS, HEAD_DIM, LAYERS = 2, 64, 4
-LATENT_CHANNELS = 8
-WIDTH, HEIGHT, FRAMES = 320, 192, 49
-BANDS = ((0.2, 0.5), (0.03, 0.12))
-"""Radians a token by which the rotary embedding turns what the narrow and the wide head look for."""
-PEAK = 20.0
-"""Largest logit, that of a token which attends to itself."""
-
-
-def has_trained_weights(folder: str | Path | None = None, *, family: str = "cogvideox") -> bool:
-    """Tell whether `build_demo_pipeline` would load trained weights."""
-    return ((WEIGHTS / family if folder is None else Path(folder)) / "model_index.json").is_file()
 
 
 def build_demo_pipeline(
-    folder: str | Path | None = None, *, family: str = "cogvideox", seed: int = 0
+    folder: str | Path | None = None, *, family: str = "cogvideox"
 ) -> CogVideoXPipeline | WanPipeline:
-    """Make a demo pipeline: trained weights if there are some, random ones from a seed otherwise.
-
-    The global random generator is left as it was. Nothing is fetched.
+    """Load a demo pipeline. Nothing is fetched.
 
     Args:
-        folder: Folder of a saved pipeline to load. None takes that of the family in `WEIGHTS`, if it is there.
+        folder: Folder of a saved pipeline. None takes that of the family in `WEIGHTS`.
         family: `cogvideox` or `wan`.
-        seed: Seed of the random weights.
 
     Returns:
-        The pipeline, float32, on the CPU. A token covers 8 x 8 pixels and 4 frames: the 49 x 128 x 128 of the trained
-        models make 13 x 16 x 16 = 3,328 video tokens, the 49 x 192 x 320 of the random one 12,480.
+        The pipeline, float32, on the CPU. A token covers 8 x 8 pixels and 4 frames: 49 x 128 x 128, for which the
+        models were trained, make 13 x 16 x 16 = 3,328 video tokens.
 
     Raises:
-        FileNotFoundError: If `folder` holds no pipeline, or the family has no weights.
+        FileNotFoundError: If the folder holds no pipeline, or a file is missing.
         ValueError: If there is no such family, or a file is not the one that was saved.
     """
     if family not in FAMILIES:
         raise ValueError(f"family must be one of {', '.join(FAMILIES)}, got {family!r}")
-    trained = has_trained_weights(folder, family=family)
     place = WEIGHTS / family if folder is None else Path(folder)
-    if not trained and (folder is not None or family != "cogvideox"):
+    if not (place / "model_index.json").is_file():
         raise FileNotFoundError(
             f"no pipeline in {place}: expected a folder that save_pretrained wrote, with model_index.json"
         )
+    check_hashes(place)
     import diffusers
 
-    if trained:
-        check_hashes(place)
-        # the new name is ignored before 0.41, the old one warned about since
-        version = tuple(int(part) for part in diffusers.__version__.split(".")[:2])
-        dtype = {"dtype" if version >= (0, 41) else "torch_dtype": torch.float32}
-        return diffusers.DiffusionPipeline.from_pretrained(place, local_files_only=True, **dtype)
-    with torch.random.fork_rng(devices=[]), torch.no_grad():
-        torch.manual_seed(seed)
-        transformer, vae, text_encoder = _transformer(), _vae(), _text_encoder()
-    # it predicts the clean video; trailing steps and a terminal SNR of zero, as CogVideoX has them
-    scheduler = diffusers.CogVideoXDDIMScheduler(
-        prediction_type="sample", timestep_spacing="trailing", rescale_betas_zero_snr=True, snr_shift_scale=1.0
-    )
-    return diffusers.CogVideoXPipeline(
-        tokenizer=_tokenizer(), text_encoder=text_encoder, vae=vae, transformer=transformer, scheduler=scheduler
-    )
+    # the new name is ignored before 0.41, the old one warned about since
+    version = tuple(int(part) for part in diffusers.__version__.split(".")[:2])
+    dtype = {"dtype" if version >= (0, 41) else "torch_dtype": torch.float32}
+    return diffusers.DiffusionPipeline.from_pretrained(place, local_files_only=True, **dtype)
+
+
+def unknown_words(tokenizer: PreTrainedTokenizerFast, prompt: str) -> list[str]:
+    """Words of a prompt that a demo model was not trained with, in their order, each once.
+
+    Args:
+        tokenizer: That of the model: a word that was trained is a token.
+        prompt: What the user wrote.
+    """
+    words = re.findall(r"\w+|[^\w\s]+", prompt.lower())
+    known = tokenizer.get_vocab()
+    return [word for word in dict.fromkeys(words) if word not in known]
 
 
 def demo_lora(name: str = "psa") -> Path:
@@ -152,151 +132,3 @@ def check_hashes(folder: str | Path) -> None:
 def _digest(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _tokenizer() -> PreTrainedTokenizerFast:
-    """Pairs of letters are tokens. Nothing is trained, so ids are the same in every process and version."""
-    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
-    from transformers import PreTrainedTokenizerFast
-
-    letters = "abcdefghijklmnopqrstuvwxyz"
-    singles = [(character, -6.0) for character in letters + "0123456789.,;:'!?-"]
-    pairs = [(first + second, -9.0) for first in letters for second in letters]
-    special = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", -20.0), ("▁", -2.0)]
-    backend = Tokenizer(models.Unigram(special + singles + pairs, unk_id=2))
-    backend.normalizer = normalizers.Lowercase()
-    backend.pre_tokenizer = pre_tokenizers.Metaspace()
-    backend.post_processor = processors.TemplateProcessing(single=["$A", "</s>"], special_tokens=[("</s>", 1)])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend, pad_token="<pad>", eos_token="</s>", unk_token="<unk>", model_max_length=TEXT_TOKENS
-    )
-
-
-def _text_encoder() -> nn.Module:
-    from transformers import T5Config, T5EncoderModel
-
-    config = T5Config(
-        vocab_size=1024,
-        d_model=64,
-        d_kv=16,
-        d_ff=128,
-        num_layers=1,
-        num_heads=4,
-        dropout_rate=0.0,
-        feed_forward_proj="gated-gelu",
-        pad_token_id=0,
-        eos_token_id=1,
-        decoder_start_token_id=0,
-        use_cache=False,
-    )
-    return T5EncoderModel(config).eval()
-
-
-def _transformer() -> nn.Module:
-    from diffusers import CogVideoXTransformer3DModel
-
-    model = CogVideoXTransformer3DModel(
-        num_attention_heads=HEADS,
-        attention_head_dim=HEAD_DIM,
-        in_channels=LATENT_CHANNELS,
-        out_channels=LATENT_CHANNELS,
-        time_embed_dim=64,
-        text_embed_dim=64,
-        num_layers=LAYERS,
-        sample_width=WIDTH // 4,
-        sample_height=HEIGHT // 4,
-        sample_frames=FRAMES,
-        patch_size=2,
-        max_text_seq_length=TEXT_TOKENS,
-        use_rotary_positional_embeddings=True,
-    ).eval()
-    # the noise comes in quietly, so that what attention gathers decides the output
-    model.patch_embed.proj.weight.mul_(0.1)
-    model.patch_embed.proj.bias.zero_()
-    for block in model.transformer_blocks:
-        _make_centre_surround(block)
-    # no shift that all tokens share
-    model.norm_out.linear.weight[: HEADS * HEAD_DIM], model.norm_out.linear.bias[: HEADS * HEAD_DIM] = 0, 0
-    # one value for the four latents of a patch: no pattern of the size of a patch
-    per_channel = torch.randn(LATENT_CHANNELS, model.proj_out.in_features) / math.sqrt(model.proj_out.in_features)
-    model.proj_out.weight.copy_(per_channel.repeat_interleave(4, dim=0))
-    model.proj_out.bias.zero_()
-    return model
-
-
-def _make_centre_surround(block: nn.Module) -> None:
-    """Let a narrow head add what is near and a wide head take away what surrounds it: patterns instead of grey.
-
-    All queries and keys of a head share a direction, which the rotary embedding turns into a preference for near
-    tokens: on quick pairs of channels it falls off within a token or two, on slow pairs within ten.
-    """
-    attention = block.attn1
-    width = HEADS * HEAD_DIM
-    for linear in (attention.to_q, attention.to_k):
-        linear.weight.copy_(torch.randn(width, width) * 0.3 / math.sqrt(width))
-    for norm in (attention.norm_q, attention.norm_k):
-        norm.weight.fill_(math.sqrt(PEAK / math.sqrt(HEAD_DIM)))
-        norm.bias.zero_()
-    for head, (low, high) in enumerate(BANDS):
-        channels = slice(head * HEAD_DIM, (head + 1) * HEAD_DIM)
-        attention.to_q.bias[channels] = attention.to_k.bias[channels] = _preference(low, high)
-    inward = torch.empty(HEAD_DIM, width)
-    nn.init.orthogonal_(inward)
-    attention.to_v.weight.copy_(torch.cat([inward, inward]))
-    attention.to_out[0].weight.copy_(torch.cat([inward.T, -inward.T], 1))
-    attention.to_v.bias.zero_()
-    attention.to_out[0].bias.zero_()
-    for norm in (block.norm1, block.norm2):
-        # chunks: shift, scale, gate of video, the same of text; gates stand around one instead of zero
-        norm.linear.weight[:width], norm.linear.bias[:width] = 0, 0
-        norm.linear.bias[2 * width : 3 * width].add_(1.0)
-        norm.linear.bias[5 * width :].add_(1.0)
-    block.ff.net[2].weight.mul_(0.5)
-    block.ff.net[2].bias.zero_()
-
-
-def _preference(low: float, high: float) -> torch.Tensor:
-    """Direction ``[HEAD_DIM]`` on the channels that the rotary embedding turns by `low` to `high` radians a token.
-
-    Frames, rows and columns get the same share, so that what is near is round.
-    """
-    parts = []
-    for size in (HEAD_DIM // 4, HEAD_DIM // 8 * 3, HEAD_DIM // 8 * 3):  # as CogVideoX divides a head
-        angle = 10000 ** (-torch.arange(0, size, 2) / size).repeat_interleave(2)
-        chosen = torch.randn(size) * ((angle >= low) & (angle <= high))
-        parts.append(nn.functional.normalize(chosen, dim=0))
-    direction = torch.cat(parts)
-    direction -= direction.mean()
-    return direction * math.sqrt(HEAD_DIM) / direction.norm()
-
-
-def _vae() -> nn.Module:
-    from diffusers import AutoencoderKLCogVideoX
-
-    model = AutoencoderKLCogVideoX(
-        down_block_types=("CogVideoXDownBlock3D",) * 3,
-        up_block_types=("CogVideoXUpBlock3D",) * 3,
-        block_out_channels=(8, 8, 8),
-        latent_channels=LATENT_CHANNELS,
-        layers_per_block=0,
-        norm_num_groups=4,
-        temporal_compression_ratio=4,
-        sample_width=WIDTH,
-        sample_height=HEIGHT,
-        scaling_factor=1.0,
-    ).eval()
-    # convolutions that mix channels at random and blur in space: smooth colours instead of grain
-    row = torch.tensor([1.0, 2.0, 1.0]) / 4
-    blur = {2: row[:, None] * row, 3: (row[:, None] * row).expand(3, 3, 3) / 3}
-    for module in model.decoder.modules():
-        if isinstance(module, (nn.Conv2d, nn.Conv3d)) and module.kernel_size[-1] == 3:
-            kernel = blur[len(module.kernel_size)]
-            mix = torch.randn(module.out_channels, module.in_channels) / math.sqrt(module.in_channels)
-            module.weight.copy_(mix[(...,) + (None,) * kernel.ndim] * kernel)
-    # colours around grey that use most of the range [-1, 1]
-    sample = model.decode(torch.randn(1, LATENT_CHANNELS, 3, 6, 8)).sample.transpose(0, 1).flatten(1)
-    out = model.decoder.conv_out.conv
-    gain = 0.5 / sample.std(1)
-    out.weight.mul_(gain[:, None, None, None, None])
-    out.bias.sub_(sample.mean(1)).mul_(gain)
-    return model

@@ -47,7 +47,7 @@ class ModelConfig:
 
     Args:
         name: Key of the entry.
-        source: Hub id or folder of a diffusers checkpoint; None is the small model that this project builds itself.
+        source: Hub id or folder of a diffusers checkpoint; None is the demo model that ships with the package.
         pipeline: Pipeline class of diffusers; None takes the one that the checkpoint names.
         width: Of the video, in pixels.
         height: Of the video, in pixels.

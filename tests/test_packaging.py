@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
+WEIGHTS = ROOT / "psa_diffusers" / "weights"
 
 
 def run_python(code, *, cwd, path=None):
@@ -44,9 +45,11 @@ def installed(wheel, tmp_path_factory):
 def test_wheel_holds_every_module_and_every_config(wheel):
     packed = set(zipfile.ZipFile(wheel).namelist())
     modules = {path.relative_to(ROOT).as_posix() for path in (ROOT / "psa_diffusers").rglob("*.py")}
+    weights = {path.relative_to(ROOT).as_posix() for path in WEIGHTS.rglob("*.*")}
     configs = {f"psa_diffusers/configs/{path.name}" for path in (ROOT / "configs").glob("*.yaml")}
     assert configs
-    assert modules | configs <= packed
+    assert any(name.endswith(".safetensors") for name in weights)
+    assert modules | configs | weights <= packed
     assert {name.split("/")[0] for name in packed} == {"psa_diffusers", "psa_diffusers-0.1.0.dist-info"}
     assert "psa_diffusers-0.1.0.dist-info/licenses/LICENSE" in packed
 
@@ -74,6 +77,25 @@ def test_installed_wheel_works_from_anywhere(installed, tmp_path):
     assert values.endswith("demo")
 
 
+def test_the_installed_demo_model_generates_without_network(installed, tmp_path):
+    code = (
+        "import socket\n"
+        "def refuse(*args, **kwargs):\n"
+        "    raise AssertionError('network')\n"
+        "socket.socket.connect = socket.getaddrinfo = refuse\n"
+        "from psa_diffusers import demo, generation\n"
+        "from psa_diffusers.run_config import load_model_config\n"
+        "config = load_model_config('demo')\n"
+        "pipe = generation.load_pipeline(config, device='cpu')\n"
+        "call = {'prompt': config.example_prompt, 'width': 64, 'height': 64, 'num_frames': 9}\n"
+        "run = generation.generate(pipe, {**call, 'num_inference_steps': 4}, seed=0, use_psa=True)\n"
+        "print(demo.WEIGHTS, run.frames.shape, run.frames.std() > 0.05, run.sparse_density < 1)"
+    )
+    where, shape = run_python(code, cwd=tmp_path, path=installed)[0].strip().split(" ", 1)
+    assert Path(where).is_relative_to(installed)
+    assert shape == "(9, 64, 64, 3) True True"
+
+
 def test_import_prints_nothing_and_changes_nothing(tmp_path):
     code = (
         "import random, sys\n"
@@ -81,7 +103,11 @@ def test_import_prints_nothing_and_changes_nothing(tmp_path):
         "before = torch.random.get_rng_state(), random.getstate(), numpy.random.get_state()[1].tolist()\n"
         "settings = torch.get_num_threads(), torch.get_default_dtype(), torch.is_grad_enabled()\n"
         "had_triton = 'triton' in sys.modules\n"
-        "import psa_diffusers\n"
+        "opened = []\n"
+        "sys.addaudithook(lambda event, args: opened.append(str(args[0])) if event == 'open' else None)\n"
+        "import psa_diffusers, psa_diffusers.demo, psa_diffusers.generation\n"
+        "assert any('psa_diffusers' in name for name in opened)\n"
+        "assert not [name for name in opened if '/weights/' in name], 'the demo model is read when it is asked for'\n"
         "assert torch.equal(before[0], torch.random.get_rng_state())\n"
         "assert before[1:] == (random.getstate(), numpy.random.get_state()[1].tolist())\n"
         "assert settings == (torch.get_num_threads(), torch.get_default_dtype(), torch.is_grad_enabled())\n"

@@ -131,7 +131,7 @@ def test_default_and_demo_presets_fit_any_model():
     assert shared.levels == ((1, 0.1), (2, 0.15), (8, 0.35), (0, 1.0))
     assert (shared.block_m, shared.block_n, shared.order, shared.warmup_steps) == (128, 128, "gilbert", 0)
     demo = load_preset("demo", "psa_balanced")
-    assert (demo.block_m, demo.block_n, demo.order, demo.warmup_steps) == (128, 64, "gilbert", 1)
+    assert (demo.block_m, demo.block_n, demo.order, demo.warmup_steps) == (128, 64, "gilbert", 3)
     assert PSAPreset().levels == shared.levels
 
 
