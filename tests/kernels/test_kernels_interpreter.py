@@ -192,14 +192,23 @@ def test_gain_of_the_tilt_is_the_definition(m, n, dim, dtype, rng):
     )  # fmt: skip
 
 
-def test_gain_of_the_tilt_over_many_blocks_and_queries(rng):
+@pytest.mark.parametrize(
+    ("tokens", "n", "dim"),
+    [
+        pytest.param(9000, 32, 16, id="many blocks and queries"),
+        pytest.param(32 * 16 + 5, 16, 16, id="the last sampled block is short"),
+        pytest.param(16 * 128 + 77, 128, 64, id="a block is several tiles, the last one is short"),
+    ],
+)
+def test_gain_of_the_tilt_is_that_of_the_stage(tokens, n, dim, rng):
     from psa_diffusers import kernels
 
-    q, k, v = random_qkv(rng, 2, 2, 9000, 16)
-    q, k, v = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v))
-    layout = flat_layout(9000, 64, 32, CPU)
-    pyramid = stages.build_pyramid(k, v + k, layout, (1, 32), value_tilt=True)
-    ours, theirs = (column.fit_tilt(pyramid, q, k, v + k, layout, 0.25) for column in (kernels, stages))
+    q, k, v = random_qkv(rng, 2, 2, tokens, dim)
+    q, k, v = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v + k))
+    layout = flat_layout(tokens, 64, n, CPU)
+    pyramid = stages.build_pyramid(k, v, layout, (1, n), value_tilt=True)
+    ours, theirs = (column.fit_tilt(pyramid, q, k, v, layout, 0.25) for column in (kernels, stages))
+    assert not torch.equal(theirs.covariance, pyramid.covariance), "the gain must be below 1"
     torch.testing.assert_close(ours.covariance, theirs.covariance, rtol=1e-5, atol=1e-6)
 
 
@@ -228,6 +237,16 @@ def test_importance_is_the_definition(method, m, n, pooled, rng):
     pyramid = kernels.build_pyramid(k, v, layout, (1, 2, 16), key_variance=True) if pooled else None
     actual = kernels.block_importance(q, k, layout, method, 0.25, pyramid)
     torch.testing.assert_close(actual.double(), truth, rtol=1e-5, atol=1e-6)  # a few roundings of float32
+
+
+def test_the_shape_of_the_keys_is_that_of_all_of_them(rng):
+    from psa_diffusers import kernels
+
+    q, k, _ = random_qkv(rng, 1, 1, 1600, 16)
+    k = k * torch.linspace(-1, 1, 1600)[:, None].mul(torch.linspace(-2, 2, 16)).exp()  # turns from token to token
+    layout = flat_layout(1600, 32, 32, CPU)
+    ours, theirs = (column.block_importance(q, k, layout, "pooled_moments", 0.1) for column in (kernels, stages))
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)  # a few roundings of float32
 
 
 @pytest.mark.parametrize("mode", ["topk", "thresholdbound"])
