@@ -302,6 +302,11 @@ class Job:
         for name, dtype in (("vae", torch.float16), ("transformer", torch.float16), ("text_encoder", torch.float32)):
             cast(getattr(self.pipe, name), dtype).cpu()
         self.pipe.save_pretrained(self.args.output / "pipeline")
+        for file in ("model_index.json", "tokenizer/tokenizer_config.json"):
+            path = self.args.output / "pipeline" / file
+            # transformers 5 writes a name that 4 does not know; both know the older one
+            text = path.read_text(encoding="utf-8").replace("TokenizersBackend", "PreTrainedTokenizerFast")
+            path.write_text(text, encoding="utf-8")
         write_hashes(self.args.output / "pipeline")
         record = {
             "family": self.args.family,

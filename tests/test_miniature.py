@@ -295,6 +295,8 @@ def test_a_trained_pipeline_loads_and_runs_with_psa(trained):
     assert torch.isfinite(video.frames).all()
     stored = load_file(folder / "pipeline" / "transformer" / "diffusion_pytorch_model.safetensors")
     assert {weight.dtype for weight in stored.values()} == {torch.float16}
+    index = json.loads((folder / "pipeline" / "model_index.json").read_text())
+    assert index["tokenizer"] == ["transformers", "PreTrainedTokenizerFast"], "transformers 4 knows no other"
 
 
 def test_words_of_the_grammar_are_known(trained):
