@@ -32,6 +32,7 @@ def parse(argv=None):
     parser.add_argument("--init", type=Path, help="folder of a pipeline of this size whose weights to start from")
     parser.add_argument("--keep_vae", action="store_true", help="do not train the VAE of --init any further")
     parser.add_argument("--keep_text", action="store_true", help="nor its text encoder by itself")
+    parser.add_argument("--new_text", action="store_true", help="take all of --init but the text encoder")
     parser.add_argument("--max_steps", type=int, help="stop each part after so many steps, whatever the clock says")
     parser.add_argument("--compile", action="store_true", help="compile the blocks: faster steps, a slower start")
     parser.add_argument("--optimizer", choices=("muon", "adamw"), default="muon", help="of the blocks' matrices")
@@ -40,8 +41,10 @@ def parse(argv=None):
     parser.add_argument("--cpu", action="store_true", help="train on the CPU even if there is a GPU")
     parser.add_argument("--log_every", type=float, default=20.0, help="seconds between two lines (default: 20)")
     args = parser.parse_args(argv)
-    if (args.keep_vae or args.keep_text) and args.init is None:
-        parser.error("--keep_vae and --keep_text mean something with --init only")
+    if (args.keep_vae or args.keep_text or args.new_text) and args.init is None:
+        parser.error("--keep_vae, --keep_text and --new_text mean something with --init only")
+    if args.keep_text and args.new_text:
+        parser.error("--keep_text and --new_text exclude each other")
     return args
 
 
@@ -86,7 +89,7 @@ class Job:
             self.say(f"going on from {self.path}: {len(self.curve)} points of the curve")
         elif args.init is not None:
             start = type(self.pipe).from_pretrained(args.init)
-            for name in ("vae", "transformer", "text_encoder"):
+            for name in ("vae", "transformer", *(() if args.new_text else ("text_encoder",))):
                 getattr(self.pipe, name).load_state_dict(getattr(start, name).state_dict())
             self.pipe.vae.register_to_config(**{
                 key: start.vae.config[key] for key in ("scaling_factor", "latents_mean", "latents_std")

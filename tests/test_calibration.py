@@ -237,7 +237,7 @@ def test_the_choice_is_nearly_the_best_there_is(kind, rng):
 def test_the_script_writes_the_preset_and_what_was_found(tmp_path):
     sharp("cogvideox").save_pretrained(tmp_path / "pipe")
     (tmp_path / "prompts.txt").write_text("a cat walks\nrain\n")
-    size = ("--width", 112, "--height", 96, "--num_frames", 9, "--num_inference_steps", 3)
+    size = ("--width", 112, "--height", 96, "--num_frames", 9, "--num_inference_steps", 5)
     files = ("--path", tmp_path / "made.yaml", "--json", tmp_path / "found.jsonl")
     own = ("--preset", "psa_cover", "--parts", 2, "--prompt_file", tmp_path / "prompts.txt", *files)
     script = Path(__file__).resolve().parent.parent / "scripts" / "calibrate.py"

@@ -330,6 +330,8 @@ def test_a_run_can_start_from_another(trained, tmp_path):
         "--keep_vae", "--keep_text", "--max_steps", 1, "--cpu",
     )  # fmt: skip
     assert "starting from" in done.stdout
+    wrong = run_script("train_demo", "--family", family, "--output", tmp_path, "--new_text", code=2)
+    assert "mean something with --init only" in wrong.stderr
     assert not losses(json.loads((tmp_path / "curve.json").read_text())["curve"], "vae")
     before, after = (
         load_file(path / "vae" / "diffusion_pytorch_model.safetensors")
