@@ -18,7 +18,6 @@ from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-_KINDS = ("one", "many", "pair", "front")
 _ROW = re.compile(r"(?:(?P<lora>\w+):)?(?P<preset>[\w./-]+)(?:@(?P<steps>\d+)(?:g(?P<guidance>\d+(?:\.\d+)?))?)?")
 
 
@@ -208,6 +207,7 @@ class Evaluation:
         """Compare every clip with its prompt and with the reference, and print a line."""
         import os
 
+        import _world
         import torch
 
         threads = torch.get_num_threads()
@@ -224,7 +224,7 @@ class Evaluation:
             **facts,
             "adherence": _mean(all(one["right"].values()) for one in judged),
             "attributes": {name: _mean(values) for name, values in by_name.items()},
-            "kinds": {kind: _mean(by_kind[kind]) for kind in _KINDS if kind in by_kind},
+            "kinds": {kind: _mean(by_kind[kind]) for kind in _world.KINDS if kind in by_kind},
             "flicker": _mean(one["flicker"] for one in judged),
             **{name: _mean(one[name] for one in judged) for name in ("psnr", "ssim") if name in judged[0]},
             "prompts": [{"prompt": scene.prompt, **one} for scene, one in zip(self.scenes, judged, strict=True)],

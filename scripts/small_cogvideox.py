@@ -147,14 +147,19 @@ def _preference(low: float, high: float) -> torch.Tensor:
 
     Frames, rows and columns get the same share, so that what is near is round.
     """
+    direction = draw_direction(low, high, (HEAD_DIM // 4, HEAD_DIM // 8 * 3, HEAD_DIM // 8 * 3))  # as CogVideoX divides
+    direction -= direction.mean()
+    return direction * math.sqrt(HEAD_DIM) / direction.norm()
+
+
+def draw_direction(low: float, high: float, sizes: tuple[int, ...]) -> torch.Tensor:
+    """Unit vectors for frames, rows and columns, on the channels that turn by `low` to `high` radians a token."""
     parts = []
-    for size in (HEAD_DIM // 4, HEAD_DIM // 8 * 3, HEAD_DIM // 8 * 3):  # as CogVideoX divides a head
+    for size in sizes:
         angle = 10000 ** (-torch.arange(0, size, 2) / size).repeat_interleave(2)
         chosen = torch.randn(size) * ((angle >= low) & (angle <= high))
         parts.append(nn.functional.normalize(chosen, dim=0))
-    direction = torch.cat(parts)
-    direction -= direction.mean()
-    return direction * math.sqrt(HEAD_DIM) / direction.norm()
+    return torch.cat(parts)
 
 
 def _vae() -> nn.Module:
@@ -189,14 +194,16 @@ def _vae() -> nn.Module:
     return model
 
 
-def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def write_pipeline(description, make):
+    """The command line of the small pipelines: make one from a seed and save it."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--seed", type=int, default=0, help="of the weights")
-    args = parser.parse_args(argv)
-    make_small_cogvideox(args.seed).save_pretrained(args.folder)
-    print(f"a small CogVideoX pipeline is in {args.folder}")
+    args = parser.parse_args()
+    pipe = make(args.seed)
+    pipe.save_pretrained(args.folder)
+    print(f"a small {type(pipe).__name__} is in {args.folder}")
 
 
 if __name__ == "__main__":
-    main()
+    write_pipeline(__doc__, make_small_cogvideox)

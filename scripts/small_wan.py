@@ -8,12 +8,10 @@ for what resembles a token: all queries and keys of a head share a direction, wh
 preference for near tokens (each head has a width of its own), and the rest of a query or key depends on its content.
 """
 
-import argparse
 import math
-from pathlib import Path
 
 import torch
-from small_cogvideox import make_tokenizer
+from small_cogvideox import draw_direction, make_tokenizer, write_pipeline
 from torch import nn
 
 HEADS, HEAD_DIM, LAYERS = 4, 64, 4
@@ -86,23 +84,9 @@ def _look_around(block: nn.Module) -> None:
 def _direction(low: float, high: float) -> torch.Tensor:
     """Direction ``[HEAD_DIM]`` of mean square 1, on channels that turn by `low` to `high` radians a token."""
     side = 2 * (HEAD_DIM // 6)  # as Wan divides a head: the rest for frames, this for rows and for columns
-    parts = []
-    for size in (HEAD_DIM - 2 * side, side, side):
-        angle = 10000 ** (-torch.arange(0, size, 2) / size).repeat_interleave(2)
-        chosen = torch.randn(size) * ((angle >= low) & (angle <= high))
-        parts.append(nn.functional.normalize(chosen, dim=0))
-    direction = torch.cat(parts)
+    direction = draw_direction(low, high, (HEAD_DIM - 2 * side, side, side))
     return direction * math.sqrt(HEAD_DIM) / direction.norm()
 
 
-def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--seed", type=int, default=0, help="of the weights")
-    args = parser.parse_args(argv)
-    make_small_wan(args.seed).save_pretrained(args.folder)
-    print(f"a small Wan pipeline is in {args.folder}")
-
-
 if __name__ == "__main__":
-    main()
+    write_pipeline(__doc__, make_small_wan)

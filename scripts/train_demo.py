@@ -35,7 +35,6 @@ def parse(argv=None):
     parser.add_argument("--new_text", action="store_true", help="take all of --init but the text encoder")
     parser.add_argument("--max_steps", type=int, help="stop each part after so many steps, whatever the clock says")
     parser.add_argument("--compile", action="store_true", help="compile the blocks: faster steps, a slower start")
-    parser.add_argument("--optimizer", choices=("muon", "adamw"), default="muon", help="of the blocks' matrices")
     parser.add_argument("--learning_rate", type=float, help="highest one of the transformer (default: the preset's)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--cpu", action="store_true", help="train on the CPU even if there is a GPU")
@@ -223,7 +222,7 @@ class Job:
         masters = MasterWeights(
             model.to(self.device),
             self.dtype,
-            matrices=_miniature.is_matrix if self.args.optimizer == "muon" else (lambda name, weight: False),
+            matrices=_miniature.is_matrix,
             average=self.state.get("average"),
         )
         for optimizer, state in zip(masters.optimizers, self.state.get("optimizers", ()), strict=False):
