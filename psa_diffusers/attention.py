@@ -97,16 +97,17 @@ def _run(
     )
     if preset.value_tilt and preset.tilt_gain == "sampled":
         pyramid = column.fit_tilt(pyramid, q, k, v, layout, scale)
-    schedule = schedule or _decide(column, q, k, pyramid, layout, preset, scale)
+    schedule = schedule or _decide(backend, q, k, pyramid, layout, preset, scale)
     out = column.attend(q, k, v, pyramid, schedule, layout, scale=scale, variance_cap=KEY_VARIANCE_CAP)
     return out, schedule
 
 
 @torch.no_grad()
 def _decide(
-    column: ModuleType, q: Tensor, k: Tensor, pyramid: Pyramid, layout: Layout, preset: PSAPreset, scale: float
+    backend: str, q: Tensor, k: Tensor, pyramid: Pyramid, layout: Layout, preset: PSAPreset, scale: float
 ) -> Schedule:
-    """What is read at which factor."""
+    """What is read at which factor. No gradient goes through it, so in training too the kernels do it where they run."""
+    column = _column(resolve_backend(backend, q))
     importance = column.block_importance(q, k, layout, preset.importance, scale, pyramid)
     cap = column.key_cosine_cap(k, layout, _cosine_thresholds(preset)) if preset.use_sim_mask else None
     return column.plan_blocks(

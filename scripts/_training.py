@@ -88,12 +88,11 @@ class Gradients:
         function: Takes tensors, returns the loss and whatever else shall be known, all as tensors.
         weights: Get their gradients, in place of those they had. All processes have to begin with the same ones.
         accelerator: Says where, and in how many processes.
-        graph: False if a step cannot be a graph.
     """
 
-    def __init__(self, function, weights, accelerator, *, graph=True):
+    def __init__(self, function, weights, accelerator):
         self.function, self.weights, self.accelerator = function, list(weights), accelerator
-        self.by_graph = graph and accelerator.device.type == "cuda"
+        self.by_graph = accelerator.device.type == "cuda"
         self.graphs = {}
 
     def __call__(self, *inputs):

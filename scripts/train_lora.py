@@ -1,6 +1,7 @@
 """Distil a CogVideoX miniature to four steps without guidance: a LoRA whose student runs pyramid sparse attention.
 
     python scripts/train_lora.py --model runs/cogvideox/pipeline --output runs/lora       one GPU, 4 minutes
+    accelerate launch scripts/train_lora.py --model runs/cogvideox/pipeline --output runs/lora      several
 
 Trajectory distillation. The teacher, dense and with guidance, runs DDIM from noise to video; kept are its states at the
 four timesteps of the student and the end. The student, which sees no guidance, starts from the same noise and learns to
@@ -83,8 +84,9 @@ class Distillation:
         for part in (self.pipe.transformer, self.pipe.text_encoder):
             for weight in part.parameters():
                 weight.data = weight.data.to(self.dtype)
-        self.rng = random.Random(f"{args.seed} lora")
-        self.generator = torch.Generator(self.device).manual_seed(args.seed)
+        rank = accelerator.process_index  # every process has a teacher of its own
+        self.rng = random.Random(f"{args.seed} lora {rank}")
+        self.generator = torch.Generator(self.device).manual_seed(args.seed * 1000 + rank)
         scheduler = self.pipe.scheduler
         if type(scheduler).__name__ != "CogVideoXDDIMScheduler" or scheduler.config.prediction_type != "v_prediction":
             raise SystemExit(
@@ -96,7 +98,8 @@ class Distillation:
         self.alphas = [float(alphas[step]) for step in self.timesteps] + [float(scheduler.final_alpha_cumprod)]
 
     def say(self, text):
-        print(f"lora: {text}", flush=True)
+        if self.accelerator.is_main_process:
+            print(f"lora: {text}", flush=True)
 
     # --- the teacher
 
@@ -191,7 +194,10 @@ class Distillation:
         control = MasterWeights(transformer, self.dtype)
         self.train("control", control, 60.0, max_steps=steps)
         self.save("dense", control)
+        if not self.accelerator.is_main_process:
+            return
         record = {
+            "processes": self.accelerator.num_processes,
             "settings": {key: str(value) for key, value in vars(self.args).items()},
             "device": torch.cuda.get_device_name() if self.device.type == "cuda" else "CPU",
             "timesteps": self.timesteps,
@@ -220,8 +226,7 @@ class Distillation:
             return (total,)
 
         clock = Clock(self, part, minutes, max_steps=max_steps)
-        # the plain stages of sparse attention ask the device how many rows there are: no graph holds that
-        gradients = Gradients(losses, masters.weights, self.accelerator, graph=part != "psa")
+        gradients = Gradients(losses, masters.weights, self.accelerator)
         for _ in clock:
             chosen = torch.randint(
                 self.states.shape[1], (self.args.batch,), generator=self.generator, device=self.device
@@ -240,6 +245,8 @@ class Distillation:
 
         from psa_diffusers.demo import write_hashes
 
+        if not self.accelerator.is_main_process:
+            return
         with torch.no_grad():
             current = [weight.detach().clone() for weight in masters.weights]
             torch._foreach_copy_(masters.weights, masters.average.shadow_params)

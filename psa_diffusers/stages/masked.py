@@ -61,8 +61,11 @@ def attend_masked(
         turned = torch.einsum("bhld,bhfde->bhlfe", query[..., :dim].to(wide), pyramid.covariance[:, :, 1:])
         out = out + (scale * (shares[..., None].to(wide) * turned).sum(3)).to(out.dtype)
     out = out * reads.repeat_interleave(layout.block_m, 2)[..., None]
-    real = (layout.query_rows >= 0).nonzero()[:, 0]
-    return torch.zeros_like(q).index_copy(2, layout.query_rows[real].long(), out.index_select(2, real).to(q.dtype))
+    # empty lanes go to a row of their own: to leave them out by number would wait for the GPU
+    tokens = q.shape[2]
+    target = torch.where(layout.query_rows >= 0, layout.query_rows, tokens).long()
+    placed = q.new_zeros(*q.shape[:2], tokens + 1, dim).index_copy(2, target, out.to(q.dtype))
+    return placed[:, :, :tokens]
 
 
 def _rows(x: Tensor, rows: Tensor) -> Tensor:
