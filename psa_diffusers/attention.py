@@ -106,7 +106,7 @@ def _run(
 def _decide(
     backend: str, q: Tensor, k: Tensor, pyramid: Pyramid, layout: Layout, preset: PSAPreset, scale: float
 ) -> Schedule:
-    """What is read at which factor. No gradient goes through it, so in training too the kernels do it where they run."""
+    """What is read at which factor. No gradient goes through it, so the kernels decide in training too."""
     column = _column(resolve_backend(backend, q))
     importance = column.block_importance(q, k, layout, preset.importance, scale, pyramid)
     cap = column.key_cosine_cap(k, layout, _cosine_thresholds(preset)) if preset.use_sim_mask else None

@@ -96,7 +96,7 @@ class Run:
             self.clock.set_length(getattr(self.pipe, "num_timesteps", None))
         # reading a timestep waits for the GPU, so only if nobody else tells the step and somebody wants to know it
         is_asked = not self.clock.idle or self.preset.steps or self.recorder is not None or self.kept.steps > 1
-        if is_asked and not self.fed_by_callback and timestep is not None:
+        if is_asked and not self.fed_by_callback and timestep is not None and not _is_captured(timestep):
             is_new_run = self.clock.observe(-timestep if rises else timestep)
             if is_new_run:
                 self._forget()
@@ -434,9 +434,12 @@ class FamilyProcessor:
         )
 
 
-def _is_captured(x: Tensor) -> bool:
-    """Whether a CUDA graph is being captured, which would read a kept schedule after its memory has gone."""
-    return x.is_cuda and torch.cuda.is_current_stream_capturing()
+def _is_captured(x: Any) -> bool:
+    """Whether x is a tensor in a CUDA graph that is being captured.
+
+    Such a graph would read a kept schedule after its memory has gone, and its numbers cannot be read at all.
+    """
+    return isinstance(x, Tensor) and x.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 @torch.compiler.assume_constant_result  # runs while torch compiles, not in compiled code

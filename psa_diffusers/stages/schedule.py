@@ -29,20 +29,22 @@ class Schedule:
     def density(self) -> Tensor:
         """Share of the dense work: mean over all block pairs of 1/factor. A scalar tensor; reading it synchronises."""
         counts = self.offsets.diff(dim=-1).double()
-        cost = torch.tensor([1 / factor for factor in self.factors], dtype=torch.double, device=counts.device)
-        return (counts * cost).sum(-1).mean() / self.block_ids.shape[-1]
+        cost = sum(count / factor for count, factor in zip(counts.unbind(-1), self.factors, strict=True))
+        return cost.mean() / self.block_ids.shape[-1]
 
     def to_level_map(self) -> Tensor:
         """The inverse of `make_schedule`: ``[B, H, M, N]`` int16."""
         slot = torch.arange(self.block_ids.shape[-1], device=self.offsets.device)
-        group = (slot[:, None] >= self.offsets[..., None, 1:]).sum(-1)
-        factors = torch.tensor((*self.factors, 0), dtype=torch.int16, device=self.offsets.device)
+        # no table of the factors: to bring one to a GPU would wait for it
+        level = torch.zeros_like(self.block_ids, dtype=torch.int16)
+        for end, factor in zip(self.offsets[..., 1:].flip(-1).unbind(-1), reversed(self.factors), strict=True):
+            level = torch.where(slot < end[..., None], factor, level)
         # entries after the last kept block are undefined: they must not overwrite a kept one
         kept = slot < self.offsets[..., -1:]
         spare = self.block_ids.shape[-1]
         ids = torch.where(kept, self.block_ids.long(), spare)
         level_map = torch.zeros((*ids.shape[:-1], spare + 1), dtype=torch.int16, device=ids.device)
-        return level_map.scatter_(-1, ids, factors[group])[..., :spare]
+        return level_map.scatter_(-1, ids, level)[..., :spare]
 
 
 def make_schedule(level_map: Tensor, factors: tuple[int, ...], block_n: int) -> Schedule:

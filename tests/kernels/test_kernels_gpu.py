@@ -10,7 +10,7 @@ import torch
 from budget import assert_within_budget
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from psa_diffusers import PSAPreset, enable_psa, psa_attention, psa_report, stages
+from psa_diffusers import PSAPreset, disable_psa, enable_psa, psa_attention, psa_report, stages
 from psa_diffusers.layout import make_layout
 from psa_diffusers.models.dense import fastest_dense
 from psa_diffusers.orders import video_order
@@ -235,6 +235,62 @@ def test_a_call_can_be_captured_as_a_graph(dim):
         x.copy_(y)
     graph.replay()
     assert torch.equal(out, psa_attention(q, k, v, preset, **REAL))
+
+
+@torch.no_grad()
+def test_a_graph_of_a_denoiser_that_keeps_level_maps_decides_in_every_replay():
+    case = tiny.CASES["wan2.1"]
+    pipe = case.build(head_dim=64)
+    inputs = forwards.captured_inputs(case.build(head_dim=64), "wan2.1", steps=1, guidance=1.0)[0]
+    inputs = {key: on_gpu(value) for key, value in inputs.items()}
+    pipe.transformer.to("cuda", torch.bfloat16)
+    enable_psa(pipe, PSAPreset(mask_ratios={1: [0, 0.2], 4: [0.2, 1]}, block_size={"m": 16, "n": 16}, refresh_every=2))
+    forwards.forward(pipe, inputs)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = forwards.forward(pipe, inputs)
+    inputs["hidden_states"].copy_(inputs["hidden_states"].flip(-1))
+    graph.replay()
+    disable_psa(pipe)
+    enable_psa(pipe, PSAPreset(mask_ratios={1: [0, 0.2], 4: [0.2, 1]}, block_size={"m": 16, "n": 16}))
+    assert torch.equal(out, forwards.forward(pipe, inputs))
+
+
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode:UserWarning")
+def test_a_step_of_training_is_planned_by_the_kernels_and_can_be_captured(monkeypatch):
+    from psa_diffusers import kernels
+
+    planned, real = [], kernels.plan_blocks
+    monkeypatch.setattr(kernels, "plan_blocks", lambda *args, **kwargs: planned.append(1) or real(*args, **kwargs))
+    inputs = [x.contiguous().requires_grad_() for x in random_qkv(torch.bfloat16, 2, 3360, 64)]
+    preset = PSAPreset(mask_ratios=COVER, importance="pooled_moments", tilt_gain="sampled", **TERMS)
+    where = {"grid": (13, 16, 16), "text_tokens": 32}
+
+    def step():
+        out = psa_attention(*inputs, preset, **where)
+        return out.detach(), *torch.autograd.grad(out, inputs, torch.ones_like(out))
+
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        expected = step()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            step()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        got = step()
+    graph.replay()
+    assert len(planned) == 3
+    for x, y in zip(got, expected, strict=True):
+        # the order of a sum over query blocks may change: a rounding or two of the largest
+        torch.testing.assert_close(x, y, rtol=0, atol=float(4 * torch.finfo(x.dtype).eps * y.abs().max()))
+    out, schedule = psa_attention(*(x.detach() for x in inputs), preset, **where, return_schedule=True)
+    plain = psa_attention(*inputs, preset, **where, schedule=schedule)
+    wide = psa_attention(*(x.detach().double() for x in inputs), preset, **where, schedule=schedule)
+    assert_within_budget(out, wide, plain.detach())
 
 
 def test_two_streams_do_not_get_into_each_others_way():
