@@ -1,9 +1,9 @@
 """Time psa_attention against dense attention and its peers on this machine, in one process, on correlated inputs.
 
     python scripts/benchmark.py                                    CogVideoX-5B at 480p, one head (what a CPU can do)
-    python scripts/benchmark.py --shape all --json docs/benchmarks/gpu.jsonl           on a GPU: every shape
+    python scripts/benchmark.py --shape all --json docs/benchmarks/gpu_h200.jsonl      on a GPU: every shape
     python scripts/benchmark.py --shape wan2.1-1.3b-720p --peers --psa_checkout ../psa --pisa_checkout ../pisa
-    python scripts/benchmark.py --plot docs/figures/speed.png --draw_from docs/benchmarks/gpu*.jsonl
+    python scripts/benchmark.py --plot docs/figures/speed.png --draw_from docs/benchmarks/gpu_h200.jsonl
 
 A gate comes first: reading everything at full resolution must be dense attention, and each mix must agree with the
 torch stages on some blocks of queries, both to rounding; for a wrong answer no time is printed. Times are medians of
@@ -377,34 +377,36 @@ def show(line):
 
 
 def draw(lines, path):
-    """Run time against density on every shape, with the line of a kernel that is as fast as dense attention."""
+    """Speed over dense attention against density on every shape, and what density alone would make of it."""
     from matplotlib.figure import Figure
 
     # what was measured last counts
-    lines = {(line["shape"], _label(line), round(line["density"], 2)): line for line in lines if "speedup" in line}
-    lines = list(lines.values())
-    labels = list(dict.fromkeys(map(_label, lines)))
+    lines = {(line["shape"], _label(line), round(line["density"], 3)): line for line in lines if "speedup" in line}
+    lines = [line for line in lines.values() if line["density"] < 1]
+    if not lines:
+        sys.exit(f"{path}: nothing sparse to draw")
+    labels = list(dict.fromkeys(map(_label, sorted(lines, key=lambda line: line["provider"] != "psa_diffusers"))))
     shapes = list(dict.fromkeys(line["shape"] for line in lines))
     columns = min(3, len(shapes))
     rows = -(-len(shapes) // columns)
     figure = Figure(figsize=(4.2 * columns, 3.6 * rows + 0.6), layout="constrained")
-    axes = list(figure.subplots(rows, columns, squeeze=False).flat)
+    axes = list(figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True).flat)
+    densities = [line["density"] for line in lines]
+    span = torch.linspace(0.9 * min(densities), 1.05 * max(densities), 50)
     shown = {}
     for axis, name in zip(axes, shapes, strict=False):
-        (shown["density x dense cuDNN"],) = axis.plot([0.05, 1], [0.05, 1], color="0.6", linewidth=1)
+        (shown["1 / density"],) = axis.plot(span, 1 / span, color="0.6", linewidth=1)
+        shown["dense"] = axis.axhline(1, color="0.6", linewidth=1, linestyle="--")
         for number, label in enumerate(labels):
             here = [line for line in lines if line["shape"] == name and _label(line) == label]
             if here:
-                points = sorted((line["density"], 1 / line["speedup"]) for line in here)
+                points = sorted((line["density"], line["speedup"]) for line in here)
                 style = "o-" if here[0]["provider"] == "psa_diffusers" else "s"
                 (shown[label],) = axis.plot(*zip(*points, strict=True), style, color=f"C{number}", markersize=5)
-        axis.set(title=name, xlabel="density", ylabel="time / dense cuDNN", xscale="log", yscale="log")
-        for ticks in (axis.set_xticks, axis.set_yticks):
-            marks = [0.05, 0.1, 0.2, 0.5, 1]
-            ticks(marks, labels=[f"{mark:g}" for mark in marks])
-            ticks([], minor=True)
+        axis.set_title(name, fontsize="medium")
+        axis.set(xlabel="density", ylabel="speed over dense", ylim=(0, 1.15 * max(line["speedup"] for line in lines)))
+        axis.tick_params(labelbottom=True, labelleft=True)
         axis.grid(alpha=0.3)
-        axis.title.set_fontsize("medium")
     for axis in axes[len(shapes) :]:
         axis.remove()
     figure.legend(shown.values(), shown.keys(), loc="outside lower center", ncols=5, fontsize="small")
