@@ -83,7 +83,7 @@ def _run(
     q, k, v, preset: PSAPreset, grid, text_tokens, text_first, scale, backend, schedule: Schedule | None = None
 ) -> tuple[Tensor, Schedule]:
     """The stages in order, those that decide what is read only without a schedule."""
-    column = _column(resolve_backend(backend, q))
+    column = _column(resolve_backend(backend, q, k, v))
     preset = preset.for_video(math.prod(grid))
     layout = make_layout(
         grid, text_tokens, text_first, preset.block_m, preset.block_n, preset.order, preset.tile_size, q.device
@@ -176,7 +176,7 @@ def pyramid_attention(
             f"with block_n={block_n} a factor is one of {sorted(allowed)}"
         )
     scale = 1 / math.sqrt(dim) if scale is None else float(scale)
-    column = _column(resolve_backend(backend, q))
+    column = _column(resolve_backend(backend, q, k, v))
     layout = flat_layout(tokens, block_m, block_n, q.device)
     factors = tuple(sorted(used - {0} | {1}))
     pyramid = column.build_pyramid(k, v, layout, factors, key_variance=key_variance, value_tilt=value_tilt)
@@ -205,26 +205,26 @@ def assign_levels(importance: Tensor, mask_ratios, mask_mode: str = "topk", *, m
     return assign_ranked_levels(importance, parse_mask_ratios(mask_ratios), mask_mode, min_full_ratio)
 
 
-def resolve_backend(backend: str, q: Tensor) -> str:
-    """``torch`` or ``triton``: what ``backend`` means for this tensor, or an error that says why it cannot be."""
+def resolve_backend(backend: str, *tensors: Tensor) -> str:
+    """``torch`` or ``triton``: what ``backend`` means for tensors alike, or an error that says why it cannot be."""
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
     if backend == "torch":
         return "torch"
-    reason = _why_no_triton(q)
+    reason = _why_no_triton(*tensors)
     if backend == "triton" and reason:
         raise RuntimeError(
             f"backend='triton' cannot run here: {reason}. Use backend='torch', or 'auto' to let us choose."
         )
     if reason is None:
         return "triton"
-    if q.device.type == "cuda":
-        say_once(f"psa_attention runs on the plain torch stages, which are slow on a GPU: {reason}")
+    if tensors[0].device.type == "cuda":
+        say_once(f"psa_attention attends with the plain torch stages, which are slow on a GPU: {reason}")
     return "torch"
 
 
-def _why_no_triton(q: Tensor) -> str | None:
-    if needs_grad(q):
+def _why_no_triton(q: Tensor, *others: Tensor) -> str | None:
+    if needs_grad(q, *others):
         return "the Triton kernels have no backward pass and an input requires a gradient"
     if q.dtype == torch.float64:
         return "the Triton kernels take float32, float16 and bfloat16, not float64"

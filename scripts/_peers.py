@@ -26,13 +26,20 @@ def dense(q, k, v, backend):
     return call
 
 
-def flex(q, k, v, density, importance):
-    """Compiled FlexAttention over the most important blocks of 128, as whole blocks.
+def flex(q, k, v, density, importance, order):
+    """Compiled FlexAttention over the most important blocks of 128, as whole blocks, on tokens in our order.
+
+    Putting the tokens in order, and back, is not timed, though ours does it. Where text begins in the middle of a block
+    of 128, our estimate for it is of a block that begins there.
 
     Args:
         q, k, v: Inputs.
         density: Share of the key blocks that a query block reads.
         importance: Call that estimates ``[B, H, M, N]``; part of what is timed, as ours is.
+        order: ``[L]``, which token stands where.
+
+    Returns:
+        The call, whose result is in this order.
     """
     from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
@@ -41,9 +48,10 @@ def flex(q, k, v, density, importance):
         _compiled_flex = torch.compile(flex_attention, dynamic=False)
     tokens, blocks = q.shape[2], -(-q.shape[2] // 128)
     kept = max(1, round(density * blocks))
+    q, k, v = (x[:, :, order].contiguous() for x in (q, k, v))
 
     def call():
-        index = importance().topk(kept, dim=-1).indices.sort(-1).values.int()
+        index = importance()[:, :, :blocks, :blocks].topk(kept, dim=-1).indices.sort(-1).values.int()
         index = F.pad(index, (0, blocks - kept))
         number = torch.full(index.shape[:3], kept, dtype=torch.int32, device=q.device)
         mask = BlockMask.from_kv_blocks(

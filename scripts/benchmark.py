@@ -334,7 +334,9 @@ def peers(base, q, k, v, case, pyramid, truth, density, dense_ms, work, rate, ar
     """FlexAttention at the same density, and the repositories that were given, in the same process."""
     import _peers
 
-    makers = {"FlexAttention": lambda: _peers.flex(q, k, v, density, lambda: case.importance(pyramid))}
+    rows = case.layout.key_rows
+    order = rows[rows >= 0].long()
+    makers = {"FlexAttention": lambda: _peers.flex(q, k, v, density, lambda: case.importance(pyramid), order)}
     if args.psa_checkout:
         makers["official PSA"] = lambda: _peers.official_psa(q, k, v, args.psa_checkout)
     if args.pisa_checkout:
@@ -345,6 +347,8 @@ def peers(base, q, k, v, case, pyramid, truth, density, dense_ms, work, rate, ar
         try:
             call = make()
             out = call()
+            if name == "FlexAttention":
+                out = torch.empty_like(out).index_copy_(2, order, out)
             torch.cuda.synchronize()
             result = timed(call, args.device, args.milliseconds)
         except Exception as error:  # a peer that cannot run here is a line of the table, not the end of it

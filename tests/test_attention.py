@@ -9,7 +9,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from psa_diffusers import PSAPreset, assign_levels, psa_attention, pyramid_attention
+from psa_diffusers import PSAPreset, assign_levels, psa_attention, pyramid_attention, stages
+from psa_diffusers.layout import flat_layout
 
 PRESET = PSAPreset(block_size={"m": 32, "n": 32}, mask_ratios={1: [0, 0.2], 4: [0.2, 0.5], 0: [0.5, 1]})
 GRID = (4, 6, 8)
@@ -184,6 +185,32 @@ def test_gradients_flow_through_the_torch_stages(rng):
     assert torch.autograd.gradcheck(lambda v: run(q.detach(), k.detach(), v)[..., ::5, ::4], (v,), fast_mode=True)
     run(q, k, v).sum().backward()
     assert all(torch.isfinite(x.grad).all() for x in (q, k, v))
+
+
+@pytest.mark.parametrize("which", [0, 1, 2])
+def test_whichever_input_requires_a_gradient_gets_it(which, rng):
+    inputs = list(qkv(rng, tokens=96))
+    inputs[which].requires_grad_()
+    with pytest.raises(RuntimeError, match="no backward pass"):
+        psa_attention(*inputs, PRESET, grid=(2, 6, 8), backend="triton")
+    psa_attention(*inputs, PRESET, grid=(2, 6, 8)).square().sum().backward()
+    assert inputs[which].grad.abs().max() > 0
+
+
+def test_a_gain_that_is_sampled_scales_the_gradient_of_the_tilt(rng):
+    q, k, v = (x.double() for x in qkv(rng, tokens=96))
+    layout = flat_layout(96, 16, 16, q.device)
+    k.requires_grad_()
+    pyramid = stages.build_pyramid(k, v, layout, (1, 4), value_tilt=True)
+    fitted = stages.fit_tilt(pyramid, q, k, v, layout, 0.25)
+    gain = stages.tilt_gain(q, k, v, layout, 0.25)
+    got, plain = (
+        torch.autograd.grad(x.covariance.square().sum() / 2, k, retain_graph=True)[0] for x in (fitted, pyramid)
+    )
+    assert plain.abs().max() > 0
+    torch.testing.assert_close(
+        got, gain[:, :, None, None].square() * plain, rtol=0, atol=1e-14 * float(plain.abs().max())
+    )
 
 
 def test_a_gpu_without_triton_is_told_once(caplog):

@@ -66,7 +66,6 @@ def moment_importance(q: Tensor, k: Tensor, layout: Layout, scale: float) -> Ten
     return importance
 
 
-@torch.no_grad()
 def fit_tilt(pyramid: Pyramid, q: Tensor, k: Tensor, v: Tensor, layout: Layout, scale: float) -> Pyramid:
     """Scale the covariance of each head by the gain at which the value tilt fits best.
 
