@@ -1,4 +1,4 @@
-"""The demo model: a small trained CogVideoX that ships with the package, for `--model demo`, tests and first steps.
+"""The demo model: a small trained CogVideoX, and its LoRA for four steps, for `--model demo`, tests and first steps.
 
 Its card is weights/README.md; what it knows, and how it was trained, is in docs/miniature.md. Nothing is read before a
 pipeline is asked for.

@@ -40,7 +40,7 @@ def parse(argv=None):
     parser.add_argument("--batch", type=int, help="prompts at a time (default: 16 on a GPU, 1 on a CPU)")
     parser.add_argument("--seed", type=int, default=0, help="of the prompts and of the noise")
     parser.add_argument("--device", help="cuda or cpu (default: the GPU if there is one)")
-    parser.add_argument("--json", type=Path, help="write everything here")
+    parser.add_argument("--json", type=Path, help="write everything here, after each row")
     parser.add_argument("--sheet", type=Path, help="write a contact sheet here")
     parser.add_argument("--sheet_prompts", type=int, default=12, help="prompts on the sheet (default: 12)")
     parser.add_argument("--record", type=Path, help="write q, k and v of the first prompt's dense run here")
@@ -78,9 +78,9 @@ def main(argv=None):
     for row in args.rows:
         clips[row], facts = job.make(row)
         job.judge(row, clips[row], clips[args.rows[0]], facts)
+        if args.json:  # a row can take an hour: what there is, stands there
+            job.write(args.json)
     job.show_details()
-    if args.json:
-        job.write(args.json)
     if args.sheet:
         draw_sheet(args.sheet, scenes[: args.sheet_prompts], clips, job.results)
     if args.record:
@@ -130,7 +130,7 @@ class Evaluation:
             # four steps of the miniature's own schedule, not those of a published LoRA
             load_psa_lora(self.pipe, self.args.lora[match["lora"]], few_steps=False)
         try:
-            clips, more = self._generate(match["preset"], steps, guidance)
+            clips, more = self._generate(row, match["preset"], steps, guidance)
         finally:
             if match["lora"]:
                 self.pipe.unload_lora_weights()
@@ -152,8 +152,9 @@ class Evaluation:
             "output_type": "np",
         }
 
-    def _generate(self, preset, steps, guidance):
+    def _generate(self, row, preset, steps, guidance):
         import torch
+        from tqdm import tqdm
 
         from psa_diffusers import disable_psa, enable_psa, load_preset, psa_report
 
@@ -165,7 +166,7 @@ class Evaluation:
                 preset, changes, config = load_preset(*preset.split("/"), config=config, **changes), {}, None
             enable_psa(self.pipe, preset, config=config, report=True, **changes)
         try:
-            for start in range(0, len(self.scenes), self.batch):
+            for start in tqdm(range(0, len(self.scenes), self.batch), desc=row, leave=False):
                 places = range(start, min(start + self.batch, len(self.scenes)))
                 began = time.perf_counter()
                 clips += list(self.pipe(**self.call(places, steps, guidance)).frames)

@@ -29,7 +29,7 @@ def parse(argv=None):
         "--model", required=True, help="folder of a CogVideoX pipeline of the miniature world, or `demo`"
     )
     parser.add_argument("--output", type=Path, required=True, help="folder for both LoRAs and the curve")
-    parser.add_argument("--attention_preset", default="psa_fast", help="of the student (default: psa_fast)")
+    parser.add_argument("--attention_preset", default="psa_4steps", help="of the student (default: psa_4steps)")
     parser.add_argument("--rank", type=int, default=48, help="of the LoRA (default: 48)")
     parser.add_argument("--rollout_minutes", type=float, default=0.8, help="of the teacher (default: 0.8)")
     parser.add_argument("--dense_minutes", type=float, default=0.9, help="of the dense student (default: 0.9)")

@@ -353,9 +353,32 @@ def test_every_supported_transformers_knows_the_tokenizer_of_the_demo():
     assert config["tokenizer_class"] == "PreTrainedTokenizerFast"
 
 
-def test_the_hashes_of_the_demo_name_every_file():
-    files = {path.relative_to(WEIGHTS / "cogvideox").as_posix() for path in (WEIGHTS / "cogvideox").rglob("*.*")}
-    assert set(json.loads((WEIGHTS / "cogvideox" / "hashes.json").read_text())) == files - {"hashes.json"}
+@pytest.mark.parametrize("folder", [path.parent for path in sorted(WEIGHTS.rglob("hashes.json"))], ids=lambda x: x.name)
+def test_the_hashes_of_the_weights_name_every_file(folder):
+    files = {path.relative_to(folder).as_posix() for path in folder.rglob("*.*")}
+    assert set(json.loads((folder / "hashes.json").read_text())) == files - {"hashes.json"}
+
+
+def test_every_folder_of_weights_has_hashes():
+    weights = {path.parent for path in WEIGHTS.rglob("*.safetensors")}
+    checked = [path.parent for path in WEIGHTS.rglob("hashes.json")]
+    assert weights
+    assert all(any(folder.is_relative_to(place) for place in checked) for folder in weights)
+
+
+def test_with_its_lora_the_demo_shows_in_four_sparse_steps_what_the_prompt_says():
+    world, measure = load_helper("_world"), load_helper("_measure")
+    config = load_model_config("demo_lora")
+    pipe = generation.load_pipeline(config, device="cpu")
+    pipe.set_progress_bar_config(disable=True)
+    prompt = "a blue square moves up over a checkered teal background"
+    names = ("width", "height", "num_frames", "num_inference_steps", "guidance_scale")
+    call = {"prompt": prompt, **{name: getattr(config, name) for name in names}}
+    run = generation.generate(pipe, call, seed=0, use_psa=True, preset=config.attention_preset)
+    assert type(pipe.scheduler).__name__ == "CogVideoXDDIMScheduler"
+    assert run.sparse_density <= 0.15
+    right = measure.compare(world.parse_prompt(prompt), measure.describe(run.frames))
+    assert all(right.values()), right
 
 
 def test_the_small_pipeline_of_random_weights_is_the_same_every_time_and_leaves_the_generator_alone():

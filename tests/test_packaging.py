@@ -50,6 +50,8 @@ def test_wheel_holds_every_module_and_every_config(wheel):
     assert configs
     assert any(name.endswith(".safetensors") for name in weights)
     assert modules | configs | weights <= packed
+    sizes = [entry.file_size for entry in zipfile.ZipFile(wheel).infolist() if "/weights/" in entry.filename]
+    assert sum(sizes) <= 40e6, "what everybody downloads, whether they ask for the demo or not"
     assert {name.split("/")[0] for name in packed} == {"psa_diffusers", "psa_diffusers-0.1.0.dist-info"}
     assert "psa_diffusers-0.1.0.dist-info/licenses/LICENSE" in packed
 
