@@ -244,7 +244,7 @@ def test_unknown_section_and_preset_list_what_exists():
         load_preset("CogVideoX_5b")
     with pytest.raises(ValueError, match=r"no preset 'psa_4step'. Did you mean 'psa_4steps'.*baseline, psa_4steps"):
         load_preset("CogVideo_5b", "psa_4step")
-    with pytest.raises(ValueError, match=r"'psa_4steps'. It exists in CogVideo_5b, Wan2.1_1.3b"):
+    with pytest.raises(ValueError, match=r"'psa_4steps'. It exists in demo, CogVideo_5b, Wan2.1_1.3b"):
         load_preset("default", "psa_4steps")
 
 
