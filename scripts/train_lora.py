@@ -72,6 +72,7 @@ class Distillation:
     def __init__(self, args, accelerator):
         import torch
 
+        from psa_diffusers import disable_psa, enable_psa
         from psa_diffusers.generation import load_pipeline, resolve_model
 
         torch.set_float32_matmul_precision("high")
@@ -92,6 +93,11 @@ class Distillation:
             raise SystemExit(
                 f"error: {args.model} is no CogVideoX miniature: its scheduler is {type(scheduler).__name__}"
             )
+        try:  # before minutes have passed
+            enable_psa(self.pipe, args.attention_preset, warmup_steps=0)
+        except ValueError as error:
+            raise SystemExit(f"error: {error}") from None
+        disable_psa(self.pipe)
         scheduler.set_timesteps(STEPS, device=self.device)
         self.timesteps = scheduler.timesteps.tolist()
         alphas = scheduler.alphas_cumprod.double()

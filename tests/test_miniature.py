@@ -408,6 +408,13 @@ def test_settings_of_the_lora_that_cannot_work_are_refused(args, message):
     assert message in run_script("train_lora", "--model", "x", "--output", "y", *args, code=2).stderr
 
 
+def test_an_unknown_preset_is_refused_before_the_teacher_runs(tmp_path, capsys):
+    args = ["--model", "demo", "--output", str(tmp_path), "--cpu", "--attention_preset", "psa_4step"]
+    with pytest.raises(SystemExit, match="Did you mean 'psa_4steps'"):
+        load_helper("train_lora").main(args)
+    assert "teacher" not in capsys.readouterr().out
+
+
 # --- evaluation
 
 
