@@ -249,6 +249,17 @@ class MasterWeights:
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
         }
 
+    def load_state(self, state):
+        """Go back to what `state` returned."""
+        with torch.no_grad():
+            for name, master in zip(self.names, self.masters, strict=True):
+                master.copy_(state["model"][name])
+            torch._foreach_copy_(self.weights, self.masters)
+        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
+        self.average.load_state_dict(state["average"])
+        self.average.to(self.masters[0].device)
+
     def load_average(self):
         """Put the averaged weights into the model, in float32."""
         cast(self.model, torch.float32)

@@ -14,6 +14,7 @@ one. First with dense attention, then with PSA; and, as a control, dense for as 
 """
 
 import argparse
+import copy
 import json
 import random
 import sys
@@ -150,7 +151,13 @@ class Distillation:
                     break
         self.states, self.texts = torch.cat(states, 1), torch.cat(texts)
         self.say(f"teacher: {len(self.texts)} clips of {args.teacher_steps} steps")
-        self.curve.append({"part": "teacher", "clips": len(self.texts), "seconds": round(time.monotonic() - began, 1)})
+        self.curve.append(
+            {
+                "part": "teacher",
+                "clips": len(self.texts) * self.accelerator.num_processes,
+                "seconds": round(time.monotonic() - began, 1),
+            }
+        )
 
     def ids(self, prompts):
         import _miniature
@@ -186,20 +193,16 @@ class Distillation:
         transformer.train()
         masters = MasterWeights(transformer, self.dtype)
         self.train("dense", masters, self.args.dense_minutes, cooldown=False)
-        shared = [master.detach().clone() for master in masters.masters]
+        shared = copy.deepcopy(masters.state())
 
         enable_psa(self.pipe, self.args.attention_preset, warmup_steps=0)
         steps = self.train("psa", masters, self.args.psa_minutes)
         disable_psa(self.pipe)
         self.save("psa", masters)
 
-        with torch.no_grad():
-            for master, weight in zip(masters.masters, shared, strict=True):
-                master.copy_(weight)
-            torch._foreach_copy_(masters.weights, masters.masters)
-        control = MasterWeights(transformer, self.dtype)
-        self.train("control", control, 60.0, max_steps=steps)
-        self.save("dense", control)
+        masters.load_state(shared)
+        self.train("control", masters, 60.0, max_steps=steps)
+        self.save("dense", masters)
         if not self.accelerator.is_main_process:
             return
         record = {

@@ -456,6 +456,18 @@ def test_while_a_cuda_graph_is_captured_nothing_is_kept_or_used(bare, monkeypatc
     assert caplog.text.count("a CUDA graph is being captured") == 1
 
 
+@torch.no_grad()
+def test_a_timestep_in_a_graph_that_is_captured_is_not_read_and_that_is_said(monkeypatch, caplog):
+    pipe = enable_psa(CASES["wan2.1"].build(), PSAPreset(**TINY_PRESET), warmup_steps=1)
+    inputs = captured_inputs(pipe, "wan2.1", steps=1, guidance=1.0)[0]
+    monkeypatch.setattr(processor, "_is_captured", lambda x: getattr(x, "ndim", 0) == 1)
+    clock = pipe._psa_switch.run.clock
+    for timestep in (900, 800):
+        pipe.transformer(**{**inputs, "timestep": torch.tensor([timestep])})
+        assert (clock.step, clock.dense) == (0, True)
+    assert caplog.text.count("PSA runs the denoiser as in step 0: a CUDA graph is being captured") == 1
+
+
 @pytest.mark.parametrize("report", [False, True])
 @pytest.mark.parametrize("name", ["wan2.1", "hunyuan-video"])
 def test_compiled_code_decides_in_every_call_and_says_so_once(name, report, decided, caplog):

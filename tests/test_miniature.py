@@ -1,6 +1,7 @@
 """The miniature world, its evaluator, and the three scripts that train and judge on it."""
 
 import contextlib
+import copy
 import importlib.util
 import io
 import json
@@ -209,6 +210,27 @@ def test_training_learns(trained):
     assert sum(transformer[-10:]) < 0.95 * sum(transformer[:10])
     text = losses(curve, "text")
     assert text[-1] < 0.75 * text[0]
+
+
+def test_training_from_a_state_that_was_kept_repeats_to_the_bit():
+    rng = torch.Generator().manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 4))
+    gradients = [[torch.randn(w.shape, generator=rng) for w in model.parameters()] for _ in range(4)]
+    masters = training.MasterWeights(model, torch.bfloat16, matrices=lambda name, weight: name == "0.weight")
+
+    def train(steps):
+        for step in steps:
+            for weight, gradient in zip(masters.weights, gradients[step], strict=True):
+                weight.grad = gradient.to(weight.dtype)
+            masters.step(0.1)
+        return [x.clone() for x in (*masters.masters, *masters.weights, *masters.average.shadow_params)]
+
+    train([0, 1])
+    kept = copy.deepcopy(masters.state())
+    first = train([2, 3])
+    masters.load_state(kept)
+    assert not all(map(torch.equal, first, train([])))
+    assert all(map(torch.equal, first, train([2, 3])))
 
 
 @pytest.mark.parametrize("family", list(miniatures.FAMILIES.values()), ids=lambda family: family.name)

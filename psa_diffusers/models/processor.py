@@ -96,7 +96,15 @@ class Run:
             self.clock.set_length(getattr(self.pipe, "num_timesteps", None))
         # reading a timestep waits for the GPU, so only if nobody else tells the step and somebody wants to know it
         is_asked = not self.clock.idle or self.preset.steps or self.recorder is not None or self.kept.steps > 1
-        if is_asked and not self.fed_by_callback and timestep is not None and not _is_captured(timestep):
+        if _is_captured(timestep):
+            if not self.clock.idle or self.preset.steps:
+                self.say(
+                    "a CUDA graph is being captured, which repeats this step in every replay: capture one for each "
+                    "kind of step, or set warmup_steps=0",
+                    "the denoiser",
+                    how=f"as in step {self.clock.step}",
+                )
+        elif is_asked and not self.fed_by_callback and timestep is not None:
             is_new_run = self.clock.observe(-timestep if rises else timestep)
             if is_new_run:
                 self._forget()
@@ -439,7 +447,8 @@ def _is_captured(x: Any) -> bool:
 
     Such a graph would read a kept schedule after its memory has gone, and its numbers cannot be read at all.
     """
-    return isinstance(x, Tensor) and x.is_cuda and torch.cuda.is_current_stream_capturing()
+    is_asked = isinstance(x, Tensor) and x.is_cuda and not torch.compiler.is_compiling()
+    return is_asked and torch.cuda.is_current_stream_capturing()
 
 
 @torch.compiler.assume_constant_result  # runs while torch compiles, not in compiled code

@@ -45,6 +45,23 @@ def test_a_call_with_its_own_schedule_changes_no_bit(rng):
     assert torch.equal(psa_attention(q, k, v, **where, schedule=schedule), out)
 
 
+@pytest.mark.parametrize("importance", ["pooled_mass", "pooled_moments", "sampled_max"])
+def test_training_reads_what_the_kernels_choose(importance, rng, monkeypatch):
+    from psa_diffusers import kernels
+
+    decided, real = [], kernels.plan_blocks
+    monkeypatch.setattr(kernels, "plan_blocks", lambda *args, **kw: decided.append(1) or real(*args, **kw))
+    q, k, v = (torch.randn(1, 2, 105, 16, generator=rng) for _ in "qkv")
+    where = {"preset": PRESET.replace(importance=importance), "grid": (3, 5, 7), "return_schedule": True}
+    _, expected = psa_attention(q, k, v, **where)
+    k.requires_grad_()
+    out, schedule = psa_attention(q, k, v, **where)
+    out.square().sum().backward()
+    assert k.grad.abs().max() > 0
+    assert len(decided) == 2
+    assert torch.equal(schedule.to_level_map(), expected.to_level_map())
+
+
 @torch.no_grad()
 def test_a_pipeline_reads_with_the_kernels_what_it_reads_with_the_stages(monkeypatch):
     from psa_diffusers import kernels
