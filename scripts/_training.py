@@ -202,10 +202,9 @@ class MasterWeights:
         model: On its device, in float32; it is cast here.
         dtype: What to compute in.
         matrices: Says by name and weight which of them Muon takes instead.
-        average: State of the average to go on with.
     """
 
-    def __init__(self, model, dtype, *, matrices=lambda name, weight: False, average=None):
+    def __init__(self, model, dtype, *, matrices=lambda name, weight: False):
         self.model = model
         self.names = [name for name, weight in model.named_parameters() if weight.requires_grad]
         self.masters = [
@@ -223,9 +222,6 @@ class MasterWeights:
         if taken:
             self.optimizers.append(Muon(taken))
         self.average = EMAModel(self.masters, decay=0.999, foreach=True)
-        if average is not None:
-            self.average.load_state_dict(average)
-            self.average.to(self.masters[0].device)
 
     def step(self, rate):
         """Use the gradients of the model's weights, and clear them."""

@@ -212,21 +212,12 @@ class Job:
         # a copy: rounding to half precision for speed must not reach what is saved
         vae = cast(copy.deepcopy(self.pipe.vae), self.dtype).to(self.device).eval().requires_grad_(False)
         model = _miniature.Denoiser(self.family, self.pipe.text_encoder, self.pipe.transformer)
-        if "model" in self.state:
-            with torch.no_grad():
-                for name, weight in model.named_parameters():
-                    weight.copy_(self.state["model"][name])
         if self.args.compile:
             for block in getattr(self.pipe.transformer, "transformer_blocks", None) or self.pipe.transformer.blocks:
                 block.compile(dynamic=False)
-        masters = MasterWeights(
-            model.to(self.device),
-            self.dtype,
-            matrices=_miniature.is_matrix,
-            average=self.state.get("average"),
-        )
-        for optimizer, state in zip(masters.optimizers, self.state.get("optimizers", ()), strict=False):
-            optimizer.load_state_dict(state)
+        masters = MasterWeights(model.to(self.device), self.dtype, matrices=_miniature.is_matrix)
+        if "model" in self.state:
+            masters.load_state(self.state)
         model.train()
         peak = self.args.learning_rate or self.size.learning_rate
         clock = Clock(self, "transformer", self.args.minutes)
