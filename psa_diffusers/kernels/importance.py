@@ -14,6 +14,7 @@ from psa_diffusers.stages.importance import POOLED_CELL, SAMPLE_STRIDE
 from psa_diffusers.stages.moments import MOMENT_CAP, MOMENT_CELL, SHAPE_STRIDE
 from psa_diffusers.stages.pyramid import Pyramid
 
+_PROGRAMS = 2  # a multiprocessor
 _SHAPE_SPLITS = 16  # programs a head; a number of the chip's own would change the order of the sums
 
 
@@ -48,17 +49,30 @@ def block_importance(
     per_m, per_n = layout.block_m // step, layout.block_n // step
     launch = launch_of(IMPORTANCE, dim, q.element_size(), q.device)
     rows, columns = max(launch.rows, per_m), max(launch.columns, per_n)
+    num_k, tiles = cells_k.shape[2], max(1, per_n // 2)
+    work = cdiv(num_q, rows) * batch * heads
     importance = torch.empty(batch, heads, num_blocks_q, num_blocks_k, dtype=torch.float32, device=q.device)
     log2e = math.log2(math.e)
     with on_device(q):
-        _importance_kernel[(cdiv(num_q, rows), batch * heads)](
-            cells_q, cells_k, weights, bias, spreads, variances if moments else bias, importance,
+        programs = min(work, _programs(q.device))
+        room = (programs, cdiv(num_k, columns * tiles) * tiles, rows * (columns // per_n + 1))
+        scratch = torch.empty(room, dtype=torch.float32, device=q.device)
+        _importance_kernel[(programs,)](
+            cells_q, cells_k, weights, bias, spreads, variances if moments else bias, importance, scratch,
             cells_k.stride()[:2], variances.stride()[:2] if moments else (0, 0),
-            heads, num_q, cells_k.shape[2], num_blocks_q, num_blocks_k, scale * log2e, MOMENT_CAP * log2e,
-            HEAD_DIM=dim, D_PAD=padded(dim), ROWS=rows, COLUMNS=columns, PER_M=per_m, PER_N=per_n, MASS=mass,
-            MOMENTS=moments, num_warps=launch.num_warps, num_stages=launch.num_stages, enable_fp_fusion=True,
+            heads, num_q, num_k, num_blocks_q, num_blocks_k, work, scale * log2e, MOMENT_CAP * log2e,
+            HEAD_DIM=dim, D_PAD=padded(dim), ROWS=rows, COLUMNS=columns, PER_M=per_m, PER_N=per_n, TILES=tiles,
+            MASS=mass, MOMENTS=moments,
+            num_warps=launch.num_warps, num_stages=launch.num_stages, enable_fp_fusion=True,
         )  # fmt: skip
     return importance
+
+
+def _programs(device: torch.device) -> int:
+    """Programs that share the work: as many as run at a time, so that what they note stays in the cache."""
+    if device.type != "cuda":
+        return 1  # the interpreter runs one after the other
+    return _PROGRAMS * torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def _key_cells(
@@ -241,71 +255,105 @@ def _spread_kernel(
     tl.store(spreads_ptr + i_bh * num_cells + o_c, tl.sum(product * b_q, 1) * scale, mask=o_c < num_cells)
 
 
-@triton.jit(do_not_specialize=["num_q", "num_k", "M", "N"])
+@triton.jit(do_not_specialize=["num_q", "num_k", "M", "N", "work"])
 def _importance_kernel(
     q_ptr, k_ptr, weights_ptr, bias_ptr,           # [B, H, num_q, D] [B, H, num_k, D] [num_q] [num_k]
     spreads_ptr, variances_ptr, out_ptr,           # [B, H, num_q] [B, H, num_k], only with MOMENTS; [B, H, M, N]
+    scratch_ptr,                                   # [programs, tiles, ROWS * (BLOCKS + 1)]
     K_STRIDES, VARIANCE_STRIDES,                   # batch, head
-    H, num_q, num_k, M, N, qk_scale, cap,          # qk_scale = softmax scale * log2(e)
+    H, num_q, num_k, M, N, work, qk_scale, cap,    # work = cdiv(num_q, ROWS) * B * H; qk_scale = scale * log2(e)
     HEAD_DIM: tl.constexpr, D_PAD: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr,     # query cells a program, key cells an iteration
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr,     # query cells, key cells of a tile
     PER_M: tl.constexpr, PER_N: tl.constexpr,      # cells a query block, cells a key block
+    TILES: tl.constexpr,                           # tiles read back at a time
     MASS: tl.constexpr, MOMENTS: tl.constexpr,
 ):  # fmt: skip
-    """Several query blocks against all keys, twice: for the sum of every row, then for the weights.
+    """Several query blocks against all keys, once: what every row gives a key block waits for the sum of the row.
 
-    Grid: (cdiv(num_q, ROWS), B * H). Nothing the size of the scores leaves the chip.
+    It waits in memory that this program alone writes and reads, over and over, so that it stays in the cache: for every
+    tile the rows of the blocks ``[ROWS, BLOCKS]``, divided by 2 to the power of the largest score that the row has met
+    by then, and the logarithm of this divisor ``[ROWS]``. Grid: any number of programs; each takes every so-manieth
+    ROWS query cells of a head, whole, so that the number changes nothing.
     """
-    i_r = tl.program_id(0)
-    i_bh = tl.program_id(1).to(tl.int64)
-    q_ptr += i_bh * num_q * HEAD_DIM
-    k_ptr += (i_bh // H) * K_STRIDES[0] + (i_bh % H) * K_STRIDES[1]
-    variances_ptr += (i_bh // H) * VARIANCE_STRIDES[0] + (i_bh % H) * VARIANCE_STRIDES[1]
-    out_ptr += i_bh * M * N
+    BLOCKS: tl.constexpr = COLUMNS // PER_N
+    GROUPS: tl.constexpr = ROWS // PER_M  # query blocks
+    RECORD: tl.constexpr = ROWS * (BLOCKS + 1)
+    row_tiles = tl.cdiv(num_q, ROWS)
     o_d = tl.arange(0, D_PAD)
     o_c = tl.arange(0, COLUMNS)
-    o_r = i_r * ROWS + tl.arange(0, ROWS)
-    b_q = load_rows(q_ptr, o_r, o_r < num_q, HEAD_DIM, o_d, HEAD_DIM, D_PAD)
-    weight = tl.load(weights_ptr + o_r, mask=o_r < num_q, other=0.0)
-    spread = weight
-    if MOMENTS:
-        spread = tl.load(spreads_ptr + i_bh * num_q + o_r, mask=o_r < num_q, other=0.0)
+    o_r = tl.arange(0, ROWS)
+    o_b = tl.arange(0, BLOCKS)
+    o_t = tl.arange(0, TILES)
+    # rows are read back in this order, those of a query block GROUPS apart: a thread adds up rows of its own
+    turned = o_r % GROUPS * PER_M + o_r // GROUPS
+    scratch_ptr += tl.program_id(0).to(tl.int64) * (tl.cdiv(num_k, COLUMNS * TILES) * TILES) * RECORD
+    parts = o_r[:, None] * BLOCKS + o_b[None, :]
+    turned_parts = turned[:, None, None] * BLOCKS + o_t[None, :, None] * RECORD + o_b[None, None, :]
+    turned_peaks = turned[:, None] + (o_t * RECORD + ROWS * BLOCKS)[None, :]
 
-    b_max = tl.full([ROWS], float("-inf"), tl.float32)
-    b_sum = tl.zeros([ROWS], tl.float32)
-    for t in range(0, num_k, COLUMNS):
-        b_s = _scores(
-            b_q, k_ptr, bias_ptr, spread, variances_ptr, t + o_c, num_k, o_d, qk_scale, cap, HEAD_DIM, D_PAD, MOMENTS
-        )
-        new_max = tl.maximum(b_max, tl.max(b_s, 1))
-        # finite pivot while a row has seen no key, otherwise -inf - (-inf) = nan
-        pivot = tl.where(new_max == float("-inf"), 0.0, new_max)
-        b_sum = b_sum * tl.exp2(b_max - pivot) + tl.sum(tl.exp2(b_s - pivot[:, None]), 1)
-        b_max = new_max
-    log_sum = b_max + tl.log2(b_sum)
+    for item in range(tl.program_id(0), work, tl.num_programs(0)):
+        i_r = item % row_tiles
+        i_bh = (item // row_tiles).to(tl.int64)
+        k_head = k_ptr + (i_bh // H) * K_STRIDES[0] + (i_bh % H) * K_STRIDES[1]
+        v_head = variances_ptr + (i_bh // H) * VARIANCE_STRIDES[0] + (i_bh % H) * VARIANCE_STRIDES[1]
+        rows = i_r * ROWS + o_r
+        b_q = load_rows(q_ptr + i_bh * num_q * HEAD_DIM, rows, rows < num_q, HEAD_DIM, o_d, HEAD_DIM, D_PAD)
+        spread = tl.zeros([ROWS], tl.float32)
+        if MOMENTS:
+            spread = tl.load(spreads_ptr + i_bh * num_q + rows, mask=rows < num_q, other=0.0)
 
-    block_m = i_r * (ROWS // PER_M) + tl.arange(0, ROWS // PER_M)
-    block_weight = tl.sum(tl.reshape(weight, (ROWS // PER_M, PER_M)), 1)
-    # 0, or NaN if a query of the block is not finite or met a key that is not: a maximum would hide it
-    alarm = tl.sum(tl.reshape(tl.where(weight > 0, log_sum - log_sum, 0.0), (ROWS // PER_M, PER_M)), 1)
-    for t in range(0, num_k, COLUMNS):
-        b_s = _scores(
-            b_q, k_ptr, bias_ptr, spread, variances_ptr, t + o_c, num_k, o_d, qk_scale, cap, HEAD_DIM, D_PAD, MOMENTS
-        )
-        b_p = tl.reshape(tl.exp2(b_s - log_sum[:, None]), (ROWS, COLUMNS // PER_N, PER_N))
-        if MASS:
-            of_rows = tl.where(weight[:, None] > 0, tl.sum(b_p, 2), 0.0) * weight[:, None]
-            of_blocks = tl.sum(tl.reshape(of_rows, (ROWS // PER_M, PER_M, COLUMNS // PER_N)), 1)
-            of_blocks = of_blocks / tl.maximum(block_weight, 1.0)[:, None]
-        else:
-            of_rows = tl.where(weight[:, None] > 0, tl.max(b_p, 2), 0.0)
-            of_blocks = tl.max(tl.reshape(of_rows, (ROWS // PER_M, PER_M, COLUMNS // PER_N)), 1)
-        block_n = t // PER_N + tl.arange(0, COLUMNS // PER_N)
-        tl.store(
-            out_ptr + block_m.to(tl.int64)[:, None] * N + block_n[None, :],
-            of_blocks + alarm[:, None],
-            mask=(block_m < M)[:, None] & (block_n < N)[None, :],
-        )
+        b_max = tl.full([ROWS], float("-inf"), tl.float32)
+        b_sum = tl.zeros([ROWS], tl.float32)
+        record = scratch_ptr
+        for t in range(0, num_k, COLUMNS):
+            b_s = _scores(
+                b_q, k_head, bias_ptr, spread, v_head, t + o_c, num_k, o_d, qk_scale, cap, HEAD_DIM, D_PAD, MOMENTS
+            )
+            new_max = tl.maximum(b_max, tl.max(b_s, 1))
+            # finite pivot while a row has seen no key, otherwise -inf - (-inf) = nan
+            pivot = tl.where(new_max == float("-inf"), 0.0, new_max)
+            b_p = tl.exp2(b_s - pivot[:, None])
+            by_block = tl.reshape(b_p, (ROWS, BLOCKS, PER_N))
+            if MASS:
+                of_rows = tl.sum(by_block, 2)
+                tile_sum = tl.sum(of_rows, 1)
+            else:
+                of_rows = tl.max(by_block, 2)
+                tile_sum = tl.sum(b_p, 1)
+            b_sum = b_sum * tl.exp2(b_max - pivot) + tile_sum
+            b_max = new_max
+            tl.store(record + parts, of_rows)
+            tl.store(record + ROWS * BLOCKS + o_r, new_max)  # not the pivot: 2 ** (0 - sum) may be inf
+            record += RECORD
+        log_sum = b_max + tl.log2(b_sum)
+
+        log_sum = tl.reshape(tl.trans(tl.reshape(log_sum, (GROUPS, PER_M))), (ROWS,))
+        rows = i_r * ROWS + turned
+        weight = tl.load(weights_ptr + rows, mask=rows < num_q, other=0.0)
+        # 0, or NaN if a query of the block is not finite or met a key that is not: a maximum would hide it
+        alarm = tl.sum(tl.reshape(tl.where(weight > 0, log_sum - log_sum, 0.0), (PER_M, GROUPS)), 0)
+        block_weight = tl.maximum(tl.sum(tl.reshape(weight, (PER_M, GROUPS)), 0), 1.0)
+        block_m = i_r * GROUPS + tl.arange(0, GROUPS)
+        out_rows = out_ptr + (i_bh * M + block_m) * N
+        tl.debug_barrier()  # the threads that read are not those that wrote
+        record = scratch_ptr
+        for t in range(0, N, TILES * BLOCKS):
+            peak = tl.load(record + turned_peaks)
+            b_p = tl.load(record + turned_parts) * tl.exp2(peak - log_sum[:, None])[:, :, None]
+            b_p = tl.where((weight > 0)[:, None, None], b_p, 0.0)
+            if MASS:
+                b_p = tl.reshape(b_p * weight[:, None, None], (PER_M, GROUPS, TILES, BLOCKS))
+                of_blocks = tl.sum(b_p, 0) / block_weight[:, None, None]
+            else:
+                of_blocks = tl.max(tl.reshape(b_p, (PER_M, GROUPS, TILES, BLOCKS)), 0)
+            block_n = t + o_t[:, None] * BLOCKS + o_b[None, :]
+            tl.store(
+                out_rows[:, None, None] + block_n[None, :, :],
+                of_blocks + alarm[:, None, None],
+                mask=(block_m < M)[:, None, None] & (block_n < N)[None, :, :],
+            )
+            record += TILES * RECORD
+        tl.debug_barrier()  # before another thread writes what this one still reads
 
 
 @triton.jit
