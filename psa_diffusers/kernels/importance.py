@@ -280,7 +280,13 @@ def _importance_kernel(
     RECORD: tl.constexpr = ROWS * (BLOCKS + 1)
     row_tiles = tl.cdiv(num_q, ROWS)
     o_d = tl.arange(0, D_PAD)
+    # the matrix units leave every fourth pair of columns to a thread: in this order a thread has blocks of its own
+    SHARES: tl.constexpr = min(4, BLOCKS)
+    PAIR: tl.constexpr = min(8 // SHARES, PER_N)
     o_c = tl.arange(0, COLUMNS)
+    o_c = (o_c // PAIR % SHARES * (BLOCKS // SHARES) + o_c // (SHARES * PER_N)) * PER_N + (
+        o_c // (SHARES * PAIR) % (PER_N // PAIR) * PAIR + o_c % PAIR
+    )
     o_r = tl.arange(0, ROWS)
     o_b = tl.arange(0, BLOCKS)
     o_t = tl.arange(0, TILES)
@@ -313,14 +319,10 @@ def _importance_kernel(
             # finite pivot while a row has seen no key, otherwise -inf - (-inf) = nan
             pivot = tl.where(new_max == float("-inf"), 0.0, new_max)
             b_p = tl.exp2(b_s - pivot[:, None])
-            by_block = tl.reshape(b_p, (ROWS, BLOCKS, PER_N))
-            if MASS:
-                of_rows = tl.sum(by_block, 2)
-                tile_sum = tl.sum(of_rows, 1)
-            else:
-                of_rows = tl.max(by_block, 2)
-                tile_sum = tl.sum(b_p, 1)
-            b_sum = b_sum * tl.exp2(b_max - pivot) + tile_sum
+            of_rows = tl.reshape(b_p, (ROWS, BLOCKS // SHARES, PER_N // PAIR, SHARES, PAIR))
+            of_rows = tl.sum(tl.sum(of_rows, 4), 2) if MASS else tl.max(tl.max(of_rows, 4), 2)
+            of_rows = tl.reshape(tl.trans(of_rows, 0, 2, 1), (ROWS, BLOCKS))
+            b_sum = b_sum * tl.exp2(b_max - pivot) + tl.sum(of_rows if MASS else b_p, 1)
             b_max = new_max
             tl.store(record + parts, of_rows)
             tl.store(record + ROWS * BLOCKS + o_r, new_max)  # not the pivot: 2 ** (0 - sum) may be inf
