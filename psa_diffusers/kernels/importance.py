@@ -15,6 +15,7 @@ from psa_diffusers.stages.moments import MOMENT_CAP, MOMENT_CELL, SHAPE_STRIDE
 from psa_diffusers.stages.pyramid import Pyramid
 
 _PROGRAMS = 2  # a multiprocessor
+_READ_BACK = 32  # key blocks at a time
 _SHAPE_SPLITS = 16  # programs a head; a number of the chip's own would change the order of the sums
 
 
@@ -49,13 +50,14 @@ def block_importance(
     per_m, per_n = layout.block_m // step, layout.block_n // step
     launch = launch_of(IMPORTANCE, dim, q.element_size(), q.device)
     rows, columns = max(launch.rows, per_m), max(launch.columns, per_n)
-    num_k, tiles = cells_k.shape[2], max(1, per_n // 2)
+    num_k, blocks = cells_k.shape[2], columns // per_n
+    tiles = max(1, min(8, _READ_BACK // blocks))
     work = cdiv(num_q, rows) * batch * heads
     importance = torch.empty(batch, heads, num_blocks_q, num_blocks_k, dtype=torch.float32, device=q.device)
     log2e = math.log2(math.e)
     with on_device(q):
         programs = min(work, _programs(q.device))
-        room = (programs, cdiv(num_k, columns * tiles) * tiles, rows * (columns // per_n + 1))
+        room = (programs, cdiv(num_k, columns * tiles) * tiles, rows * (blocks + 1))
         scratch = torch.empty(room, dtype=torch.float32, device=q.device)
         _importance_kernel[(programs,)](
             cells_q, cells_k, weights, bias, spreads, variances if moments else bias, importance, scratch,
@@ -281,8 +283,8 @@ def _importance_kernel(
     row_tiles = tl.cdiv(num_q, ROWS)
     o_d = tl.arange(0, D_PAD)
     # the matrix units leave every fourth pair of columns to a thread: in this order a thread has blocks of its own
-    SHARES: tl.constexpr = min(4, BLOCKS)
-    PAIR: tl.constexpr = min(8 // SHARES, PER_N)
+    SHARES: tl.constexpr = 4 if BLOCKS > 4 else BLOCKS
+    PAIR: tl.constexpr = 8 // SHARES if PER_N > 8 // SHARES else PER_N
     o_c = tl.arange(0, COLUMNS)
     o_c = (o_c // PAIR % SHARES * (BLOCKS // SHARES) + o_c // (SHARES * PER_N)) * PER_N + (
         o_c // (SHARES * PAIR) % (PER_N // PAIR) * PAIR + o_c % PAIR
@@ -334,20 +336,18 @@ def _importance_kernel(
         weight = tl.load(weights_ptr + rows, mask=rows < num_q, other=0.0)
         # 0, or NaN if a query of the block is not finite or met a key that is not: a maximum would hide it
         alarm = tl.sum(tl.reshape(tl.where(weight > 0, log_sum - log_sum, 0.0), (PER_M, GROUPS)), 0)
-        block_weight = tl.maximum(tl.sum(tl.reshape(weight, (PER_M, GROUPS)), 0), 1.0)
+        share = tl.reshape(weight, (PER_M, GROUPS))
+        share = tl.reshape(share / tl.maximum(tl.sum(share, 0), 1.0)[None, :], (ROWS,)) if MASS else weight
         block_m = i_r * GROUPS + tl.arange(0, GROUPS)
         out_rows = out_ptr + (i_bh * M + block_m) * N
         tl.debug_barrier()  # the threads that read are not those that wrote
         record = scratch_ptr
         for t in range(0, N, TILES * BLOCKS):
-            peak = tl.load(record + turned_peaks)
-            b_p = tl.load(record + turned_parts) * tl.exp2(peak - log_sum[:, None])[:, :, None]
-            b_p = tl.where((weight > 0)[:, None, None], b_p, 0.0)
-            if MASS:
-                b_p = tl.reshape(b_p * weight[:, None, None], (PER_M, GROUPS, TILES, BLOCKS))
-                of_blocks = tl.sum(b_p, 0) / block_weight[:, None, None]
-            else:
-                of_blocks = tl.max(tl.reshape(b_p, (PER_M, GROUPS, TILES, BLOCKS)), 0)
+            factor = tl.exp2(tl.load(record + turned_peaks) - log_sum[:, None])
+            factor = tl.where((weight > 0)[:, None], factor * share[:, None] if MASS else factor, 0.0)
+            b_p = tl.load(record + turned_parts) * factor[:, :, None]
+            b_p = tl.reshape(b_p, (PER_M, GROUPS, TILES, BLOCKS))
+            of_blocks = tl.sum(b_p, 0) if MASS else tl.max(b_p, 0)
             block_n = t + o_t[:, None] * BLOCKS + o_b[None, :]
             tl.store(
                 out_rows[:, None, None] + block_n[None, :, :],

@@ -239,6 +239,23 @@ def test_importance_is_the_definition(method, m, n, pooled, rng):
     torch.testing.assert_close(actual.double(), truth, rtol=1e-5, atol=1e-6)  # a few roundings of float32
 
 
+@pytest.mark.parametrize("method", ["pooled_mass", "pooled_moments", "sampled_max"])
+def test_importance_is_that_of_the_stage_whatever_the_number_of_programs(method, rng, monkeypatch):
+    from psa_diffusers import kernels
+    from psa_diffusers.kernels import importance
+
+    width = 45 if method == "sampled_max" else 93  # more key blocks than are read back at a time
+    q, k, _ = random_qkv(rng, 1, 2, 50 * (width + 1), 16)
+    q[0, 1, 702] = torch.nan  # the first head is of finite numbers, and what it noted is written over
+    layout = make_layout((1, 50, width), 50, True, 128, 128, "raster", (1, 1, 1), CPU)
+    ours = kernels.block_importance(q, k, layout, method, 0.25)
+    monkeypatch.setattr(importance, "_programs", lambda device: 3)
+    other = kernels.block_importance(q, k, layout, method, 0.25)
+    assert torch.isnan(ours).any(-1).sum() == torch.isnan(ours).all(-1).sum() == 1
+    torch.testing.assert_close(ours, stages.block_importance(q, k, layout, method, 0.25), equal_nan=True)
+    assert torch.equal(ours.nan_to_num(-1), other.nan_to_num(-1))
+
+
 def test_the_shape_of_the_keys_is_that_of_all_of_them(rng):
     from psa_diffusers import kernels
 
