@@ -71,7 +71,7 @@ def block_importance(
 
 
 def _programs(device: torch.device) -> int:
-    """Programs that share the work: as many as run at a time, so that what they note stays in the cache."""
+    """Programs that share the work: about as many as run at a time, so that their scratch stays in the cache."""
     if device.type != "cuda":
         return 1  # the interpreter runs one after the other
     return _PROGRAMS * torch.cuda.get_device_properties(device).multi_processor_count
@@ -270,12 +270,12 @@ def _importance_kernel(
     TILES: tl.constexpr,                           # tiles read back at a time
     MASS: tl.constexpr, MOMENTS: tl.constexpr,
 ):  # fmt: skip
-    """Several query blocks against all keys, once: what every row gives a key block waits for the sum of the row.
+    """Several query blocks against all keys, once: what a row gives to the key blocks waits until its sum is known.
 
-    It waits in memory that this program alone writes and reads, over and over, so that it stays in the cache: for every
-    tile the rows of the blocks ``[ROWS, BLOCKS]``, divided by 2 to the power of the largest score that the row has met
-    by then, and the logarithm of this divisor ``[ROWS]``. Grid: any number of programs; each takes every so-manieth
-    ROWS query cells of a head, whole, so that the number changes nothing.
+    It waits in memory that this program alone writes and reads, again and again, so that it stays in the cache. A
+    record of a tile has the sums (or maxima) over its blocks ``[ROWS, BLOCKS]``, relative to the largest score that
+    each row has met by then, and these scores ``[ROWS]``. Grid: any number of programs; every row is one program's
+    alone, so the number changes no bit.
     """
     BLOCKS: tl.constexpr = COLUMNS // PER_N
     GROUPS: tl.constexpr = ROWS // PER_M  # query blocks
@@ -344,8 +344,8 @@ def _importance_kernel(
         record = scratch_ptr
         for t in range(0, N, TILES * BLOCKS):
             factor = tl.exp2(tl.load(record + turned_peaks) - log_sum[:, None])
-            factor = tl.where((weight > 0)[:, None], factor * share[:, None] if MASS else factor, 0.0)
-            b_p = tl.load(record + turned_parts) * factor[:, :, None]
+            factor = factor * share[:, None] if MASS else factor
+            b_p = tl.where((weight > 0)[:, None, None], tl.load(record + turned_parts) * factor[:, :, None], 0.0)
             b_p = tl.reshape(b_p, (PER_M, GROUPS, TILES, BLOCKS))
             of_blocks = tl.sum(b_p, 0) if MASS else tl.max(b_p, 0)
             block_n = t + o_t[:, None] * BLOCKS + o_b[None, :]
