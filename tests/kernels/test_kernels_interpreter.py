@@ -256,6 +256,17 @@ def test_importance_is_that_of_the_stage_whatever_the_number_of_programs(method,
     assert torch.equal(ours.nan_to_num(-1), other.nan_to_num(-1))
 
 
+@pytest.mark.parametrize("method", ["pooled_mass", "pooled_moments"])
+def test_with_a_scale_of_zero_a_block_weighs_what_it_has_of_the_tokens(method, rng):
+    from psa_diffusers import kernels
+
+    q, k, _ = random_qkv(rng, 1, 1, 150, 16)
+    layout = flat_layout(150, 32, 32, CPU)
+    ours = kernels.block_importance(q, k, layout, method, 0.0)
+    shares = torch.tensor([32, 32, 32, 32, 22]) / 150
+    torch.testing.assert_close(ours, shares.expand_as(ours), rtol=1e-5, atol=1e-6)  # a few roundings of float32
+
+
 def test_the_shape_of_the_keys_is_that_of_all_of_them(rng):
     from psa_diffusers import kernels
 
