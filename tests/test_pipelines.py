@@ -708,6 +708,7 @@ def config_of(**kwargs):
         ("CogVideoX", {"num_attention_heads": 48, "num_layers": 42, "patch_size_t": None}, None, "CogVideo_5b"),
         ("CogVideoX", {"num_attention_heads": 48, "num_layers": 42, "patch_size_t": 2}, None, "CogVideo1.5_5b"),
         ("CogVideoX", {"num_attention_heads": 4, "num_layers": 3, "patch_size_t": None}, None, "demo"),
+        ("Wan", {"num_attention_heads": 4, "num_layers": 8, "in_channels": 8}, None, "demo"),
         ("Wan", {"num_attention_heads": 12, "num_layers": 30, "in_channels": 16}, None, "Wan2.1_1.3b"),
         ("Wan", {"num_attention_heads": 40, "num_layers": 40, "in_channels": 16}, None, "Wan2.1_14b"),
         (

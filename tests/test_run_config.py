@@ -30,6 +30,7 @@ SECTIONS = {
     "mochi": "Mochi",
     "demo": "demo",
     "demo_lora": "demo",
+    "demo_wan": "demo",
 }
 
 

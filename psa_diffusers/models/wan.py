@@ -14,6 +14,11 @@ UPSTREAM_DIGESTS = {
 """Start of the SHA-256 of the source of `__call__` in the diffusers versions that were read and tested."""
 
 
+def _is_demo(config: Any, pipe: Any) -> bool:
+    """The demo model: its VAE makes 8 channels, those of the published ones 16 or 48."""
+    return config.in_channels == 8
+
+
 def _has_experts(config: Any, pipe: Any) -> bool:
     """Wan 2.2 A14B: a second expert, a boundary between them, or image latents without an image encoder."""
     if getattr(pipe, "transformer_2", None) is not None:
@@ -29,7 +34,7 @@ def _is_ti2v(config: Any, pipe: Any) -> bool:
 
 
 def _is_2_1(config: Any, pipe: Any) -> bool:
-    return not _has_experts(config, pipe) and not _is_ti2v(config, pipe)
+    return not (_is_demo(config, pipe) or _has_experts(config, pipe) or _is_ti2v(config, pipe))
 
 
 register_family(
@@ -39,6 +44,7 @@ register_family(
         attentions=r"blocks\.\d+\.attn1",
         read_grid=read_latents,
         sections=(
+            SectionRule("demo", None, None, _is_demo),
             SectionRule("Wan2.1_1.3b", 12, 30, _is_2_1),
             SectionRule("Wan2.1_14b", 40, 40, _is_2_1),
             SectionRule("Wan2.2_5B", 24, 30, _is_ti2v),
