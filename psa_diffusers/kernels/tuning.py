@@ -114,12 +114,11 @@ class PyramidLaunch:
 
 
 # (matrix unit, padded head dimension) -> launch; "" for chips without a row of their own.
-# The rows of wgmma won on an H100 or H200: docs/benchmarks/tuning.jsonl
+# The rows of wgmma won on an H100 or H200, among those that do not spill: docs/benchmarks/tuning.jsonl
 IMPORTANCE = {
     **{("", dim): ImportanceLaunch(64, 64, 4, 2) for dim in (16, 32, 64, 128, 256)},
-    ("mma", 64): ImportanceLaunch(64, 64, 4, 3),  # with two in flight it spills on sm_120
     ("wgmma", 64): ImportanceLaunch(64, 64, 4, 3),
-    ("wgmma", 128): ImportanceLaunch(128, 128, 4, 2),
+    ("wgmma", 128): ImportanceLaunch(128, 64, 4, 3),
 }
 COVARIANCE = {
     **{("", dim): CovarianceLaunch(64, 128, 4, 1) for dim in (16, 32, 64)},
