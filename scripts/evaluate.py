@@ -6,8 +6,9 @@
 
 A row is [LORA:][SECTION/]PRESET[@STEPS[gGUIDANCE]]: `dense` or a preset, of the model's own section of the preset file
 or of another (CogVideo_5b/psa_balanced), the number of steps, and a LoRA named with --lora. The same prompt has the
-same seed in every row. PSNR and SSIM are those against the first row. Two rows need no model: `rendered`, the ground
-truth, and `restored`, the same after encoding and decoding: what is wrong there is the evaluator's own error.
+same seed in every row. PSNR and SSIM are those against the first row that a model generated. Two rows need no model:
+`rendered`, the ground truth, and `restored`, the same after encoding and decoding: what is wrong there is the
+evaluator's own error.
 """
 
 import argparse
@@ -18,6 +19,7 @@ from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+_TRUTH = ("rendered", "restored")
 _ROW = re.compile(r"(?:(?P<lora>\w+):)?(?P<preset>[\w./-]+)(?:@(?P<steps>\d+)(?:g(?P<guidance>\d+(?:\.\d+)?))?)?")
 
 
@@ -74,10 +76,12 @@ def main(argv=None):
         print(f"error: {error}", file=sys.stderr)
         return 2
     job = Evaluation(args, pipe, device, scenes)
-    clips = {}
+    clips, reference = {}, None
     for row in args.rows:
         clips[row], facts = job.make(row)
-        job.judge(row, clips[row], clips[args.rows[0]], facts)
+        if reference is None and row not in _TRUTH:
+            reference = clips[row]
+        job.judge(row, clips[row], reference, facts)
         if args.json:  # a row can take an hour: what there is, stands there
             job.write(args.json)
     job.show_details()
@@ -118,7 +122,7 @@ class Evaluation:
 
     def make(self, row):
         """Clips ``[frames, height, width, 3]`` of a row in [0, 1], and how they were made."""
-        if row in ("rendered", "restored"):
+        if row in _TRUTH:
             return self._render(restored=row == "restored"), {}
         match = _ROW.fullmatch(row)
         steps = int(match["steps"] or self.args.num_inference_steps)
@@ -205,7 +209,7 @@ class Evaluation:
         return clips
 
     def judge(self, row, clips, reference, facts):
-        """Compare every clip with its prompt and with the reference, and print a line."""
+        """Compare every clip with its prompt and, if there is another, with that of the reference; print a line."""
         import os
 
         import _world
@@ -214,7 +218,8 @@ class Evaluation:
         threads = torch.get_num_threads()
         torch.set_num_threads(1)
         with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
-            judged = list(pool.map(self._judge_one, self.scenes, clips, reference, [reference is clips] * len(clips)))
+            others = [None] * len(clips) if reference is clips or reference is None else reference
+            judged = list(pool.map(self._judge_one, self.scenes, clips, others))
         torch.set_num_threads(threads)
         by_name, by_kind = defaultdict(list), defaultdict(list)
         for scene, one in zip(self.scenes, judged, strict=True):
@@ -242,7 +247,7 @@ class Evaluation:
             cells.append(" " * int(form[0]) if value is None else f"{value:{form}}")
         print(f"{row:{max(map(len, self.args.rows))}}  " + "  ".join(cells), flush=True)
 
-    def _judge_one(self, scene, clip, reference, is_reference):
+    def _judge_one(self, scene, clip, reference):
         import _measure
         import numpy as np
 
@@ -253,7 +258,7 @@ class Evaluation:
         # second differences in time, in steps of 8 bits: what moves evenly has none
         flicker = float(np.abs(np.diff(clip, 2, axis=0)).mean() * 255)
         one = {"right": _measure.compare(scene, seen), "seen": repr(seen), "flicker": flicker}
-        if not is_reference:
+        if reference is not None:
             one |= compare_videos(clip, np.asarray(reference, dtype=np.float32))
         return one
 

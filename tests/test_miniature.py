@@ -444,14 +444,15 @@ def test_the_evaluation_compares_rows(loras, miniature, tmp_path):
     folder, _ = loras
     done = run_script(
         "evaluate", "--model", miniature, "--prompts", 2, "--num_inference_steps", 3, "--warmup_steps", 0,
-        "--rows", "dense", "psa_cover", "rendered", "restored", "psa:psa_cover@4", "--lora", f"psa={folder / 'psa'}",
+        "--rows", "rendered", "dense", "psa_cover", "restored", "psa:psa_cover@4", "--lora", f"psa={folder / 'psa'}",
         "--json", tmp_path / "all.json", "--sheet", tmp_path / "sheet.png", "--record", tmp_path / "qkv.safetensors",
     )  # fmt: skip
     rows = json.loads((tmp_path / "all.json").read_text())["rows"]
     assert rows["dense"]["density"] == 1
-    assert "psnr" not in rows["dense"], "it is the reference"
+    assert "psnr" not in rows["dense"], "it is the reference, the first row of the model's own"
+    assert "psnr" not in rows["rendered"], "there was no reference yet"
     assert rows["psa_cover"]["density"] < 1
-    assert rows["psa_cover"]["psnr"] > rows["rendered"]["psnr"]
+    assert rows["psa_cover"]["psnr"] > rows["restored"]["psnr"]
     assert (rows["psa:psa_cover@4"]["steps"], rows["psa:psa_cover@4"]["guidance"]) == (4, 1)
     assert [len(row["prompts"]) for row in rows.values()] == [2] * 5
     assert all(name in done.stdout for name in rows)
