@@ -179,6 +179,7 @@ def test_the_docs_quote_what_was_measured(capsys):
         ]
         assert quoted("fields A to H, other seeds")[number] == round(sum(ratios) / len(ratios), 3)
         assert quoted("largest ratio")[number] == round(max(ratios), 2)
-        for model, row in (("demo", "demo: ratio of"), ("wan", "Wan: ratio of"), ("miniature", "miniature: ratio of")):
-            table = {line["method"]: line for line in rows_of(f"levels_recorded_{model}.jsonl")}
-            assert quoted(row)[number] == round(table[name]["ratio_of_means"], 3)
+        for model in ("demo", "Wan", "miniature", "miniature Wan"):
+            file = f"levels_recorded_{model.lower().replace(' ', '_')}.jsonl"
+            table = {line["method"]: line for line in rows_of(file)}
+            assert quoted(f"{model}: ratio of")[number] == round(table[name]["ratio_of_means"], 3)
