@@ -47,7 +47,8 @@ class ModelConfig:
 
     Args:
         name: Key of the entry.
-        source: Hub id or folder of a diffusers checkpoint; None is the demo model that ships with the package.
+        source: Hub id or folder of a diffusers checkpoint; None is the demo model of the pipeline's family, which
+            ships with the package.
         pipeline: Pipeline class of diffusers; None takes the one that the checkpoint names.
         width: Of the video, in pixels.
         height: Of the video, in pixels.
@@ -55,6 +56,7 @@ class ModelConfig:
         num_inference_steps: Denoising steps.
         guidance_scale: Classifier-free guidance; 1 turns it off.
         guidance_scale_2: Guidance of the second expert; None passes nothing to the pipeline.
+        max_sequence_length: Tokens that a prompt is padded to; None leaves it to the pipeline.
         flow_shift: Shift of the flow-matching schedule; None keeps the checkpoint's.
         scheduler: Scheduler to use; None keeps the checkpoint's.
         fps: Frames per second of the file.
@@ -82,6 +84,7 @@ class ModelConfig:
     num_inference_steps: int = 50
     guidance_scale: float = 6.0
     guidance_scale_2: float | None = None
+    max_sequence_length: int | None = None
     flow_shift: float | None = None
     scheduler: SchedulerChoice | None = None
     fps: int = 16

@@ -24,7 +24,7 @@ DEMO_PROMPTS = (
     "a green square moves right over a checkered teal background",
 )
 _SIZES = ("width", "height", "num_frames", "num_inference_steps")
-_CALL = (*_SIZES, "guidance_scale", "negative_prompt", "guidance_scale_2")
+_CALL = (*_SIZES, "guidance_scale", "negative_prompt", "guidance_scale_2", "max_sequence_length")
 
 
 def add_call_options(parser: argparse._ActionsContainer) -> None:
@@ -60,7 +60,7 @@ def open_model(model: str, args: argparse.Namespace) -> tuple[Any, dict[str, Any
 
 
 def read_prompts(args: argparse.Namespace, model: str) -> list[str]:
-    """The prompts of the file, without its empty lines, or our own: the demo model has a language of its own."""
+    """The prompts of the file, without its empty lines, or our own: the demo models have a language of their own."""
     if args.prompt_file is None:
-        return list(DEMO_PROMPTS if model.casefold() == "demo" else PROMPTS)
+        return list(DEMO_PROMPTS if resolve_model(model).source is None else PROMPTS)
     return [line for line in args.prompt_file.read_text(encoding="utf-8").splitlines() if line.strip()]

@@ -117,7 +117,8 @@ def call_arguments(args, config, pipe, recipe):
     from psa_diffusers.generation import call_defaults
 
     names = ("width", "height", "num_frames", "num_inference_steps", "guidance_scale", "negative_prompt")
-    known = {} if config.name == "custom" else {name: getattr(config, name) for name in (*names, "guidance_scale_2")}
+    more = ("guidance_scale_2", "max_sequence_length")
+    known = {} if config.name == "custom" else {name: getattr(config, name) for name in (*names, *more)}
     given = {name: getattr(args, name) for name in names}
     chosen = {**call_defaults(pipe, names), **known, **(recipe.call if recipe else {})}
     chosen |= {name: value for name, value in given.items() if value is not None}

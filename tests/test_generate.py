@@ -1,5 +1,6 @@
 """scripts/generate.py and the demo model: the program as a person runs it, on real pipelines of tiny size."""
 
+import argparse
 import importlib.util
 import json
 import os
@@ -378,6 +379,28 @@ def test_with_its_lora_the_demo_shows_in_four_sparse_steps_what_the_prompt_says(
     assert type(pipe.scheduler).__name__ == "CogVideoXDDIMScheduler"
     assert run.sparse_density <= 0.15
     right = measure.compare(world.parse_prompt(prompt), measure.describe(run.frames))
+    assert all(right.values()), right
+
+
+def test_the_demo_of_wan_is_given_text_of_the_length_that_it_learned(demo):
+    names = ("width", "height", "num_frames", "num_inference_steps", "guidance_scale", "negative_prompt")
+    args = argparse.Namespace(**dict.fromkeys(names))
+    script = load_helper("generate")
+    assert script.call_arguments(args, load_model_config("demo_wan"), demo, None)["max_sequence_length"] == 32
+    assert "max_sequence_length" not in script.call_arguments(args, load_model_config("wan21_1.3b"), demo, None)
+
+
+def test_the_demo_of_wan_shows_what_its_prompt_says():
+    world, measure = load_helper("_world"), load_helper("_measure")
+    config = load_model_config("demo_wan")
+    pipe = generation.load_pipeline(config, device="cpu")
+    pipe.set_progress_bar_config(disable=True)
+    names = ("width", "height", "num_frames", "guidance_scale", "max_sequence_length")
+    call = {"prompt": config.example_prompt, **{name: getattr(config, name) for name in names}}
+    psa = {"use_psa": True, "preset": config.attention_preset, "overrides": {"warmup_steps": 1}}
+    run = generation.generate(pipe, {**call, "num_inference_steps": 4}, seed=0, **psa)
+    assert run.sparse_density <= 0.15
+    right = measure.compare(world.parse_prompt(config.example_prompt), measure.describe(run.frames))
     assert all(right.values()), right
 
 

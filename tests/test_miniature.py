@@ -1,5 +1,6 @@
 """The miniature world, its evaluator, and the three scripts that train and judge on it."""
 
+import argparse
 import contextlib
 import copy
 import importlib.util
@@ -459,6 +460,13 @@ def test_the_evaluation_compares_rows(loras, miniature, tmp_path):
     assert (tmp_path / "sheet.png").stat().st_size > 1000
     recorded = load_file(tmp_path / "qkv.safetensors")
     assert all(tensor.shape[-1] == 32 for tensor in recorded.values())
+
+
+@pytest.mark.parametrize("name", ["demo", "demo_lora", "demo_wan", "DEMO_WAN"])
+def test_scripts_ask_the_demo_models_in_words_that_they_know(name):
+    models = load_helper("_models")
+    prompts = models.read_prompts(argparse.Namespace(prompt_file=None), name)
+    assert [world.parse_prompt(prompt).prompt for prompt in prompts] == prompts == list(models.DEMO_PROMPTS)
 
 
 def test_what_the_evaluation_cannot_do_is_said(miniature, tmp_path):
