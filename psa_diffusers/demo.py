@@ -1,7 +1,7 @@
-"""The demo model: a small trained CogVideoX, and its LoRA for four steps, for `--model demo`, tests and first steps.
+"""The demo models: a small trained CogVideoX with its LoRA for four steps, and a small trained Wan, for first steps.
 
-Its card is weights/README.md; what it knows, and how it was trained, is in docs/miniature.md. Nothing is read before a
-pipeline is asked for.
+Their card is weights/README.md; what they know, and how they were trained, is in docs/miniature.md. Nothing is read
+before a pipeline is asked for.
 """
 
 from __future__ import annotations
