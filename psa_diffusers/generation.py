@@ -80,7 +80,7 @@ def load_pipeline(config: ModelConfig, *, device: str, lora: LoraSource | None =
     """Load a pipeline, its scheduler and LoRA, and put it where its weights should wait.
 
     Args:
-        config: What to load; ``source`` None is the demo model, which ships with the package.
+        config: What to load; ``source`` None is the demo model of the pipeline's family.
         device: Where to run.
         lora: LoRA to load in place of the entry's own.
     """

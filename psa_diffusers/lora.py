@@ -38,6 +38,7 @@ class Recipe:
     """What a LoRA that was distilled to a few steps needs besides its weights.
 
     Attributes:
+        family: Family of the denoisers that it is for.
         sections: Sections of the preset file whose models it is for.
         preset: Section and name of the preset that it was trained with.
         file: Where the published weights stand in their repository.
@@ -50,6 +51,7 @@ class Recipe:
         call: Arguments of the pipeline's call.
     """
 
+    family: str
     sections: frozenset[str]
     preset: tuple[str, str]
     file: str
@@ -65,6 +67,7 @@ _PROJECTIONS = r"(to_q|to_k|to_v|to_out\.0)"
 _FOUR_STEPS = {"num_inference_steps": 4, "guidance_scale": 1.0}
 RECIPES = (
     Recipe(
+        family="CogVideoX",
         sections=frozenset({"CogVideo_5b", "demo"}),
         preset=("CogVideo_5b", "psa_4steps"),
         file=f"cogvideox-5b-psa-lora/{DEFAULT_FILE}",
@@ -77,6 +80,7 @@ RECIPES = (
     ),
     # the schedule of this one was not published: it is that of the same authors' LoRA for eight steps
     Recipe(
+        family="Wan",
         sections=frozenset({"Wan2.1_1.3b"}),
         preset=("Wan2.1_1.3b", "psa_4steps"),
         file=f"wan21-1.3b-psa-lora/{DEFAULT_FILE}",
@@ -371,7 +375,8 @@ def _recipe_for(pipe: Any) -> Recipe | None:
     if family is None or not set(_FOUR_STEPS) <= inspect.signature(type(pipe).__call__).parameters.keys():
         return None
     section, _ = family.section_of(denoiser, pipe)
-    return next((recipe for recipe in RECIPES if section in recipe.sections), None)
+    fitting = (recipe for recipe in RECIPES if family.name == recipe.family and section in recipe.sections)
+    return next(fitting, None)
 
 
 def choose_recipe(pipe: Any, modules: dict[str, dict[str, int]], few_steps: bool | None) -> Recipe | None:

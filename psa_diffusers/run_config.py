@@ -100,9 +100,9 @@ class ModelConfig:
     negative_prompt: str | None = None
 
     def __post_init__(self) -> None:
-        for key in ("width", "height", "num_frames", "num_inference_steps", "fps"):
+        for key in ("width", "height", "num_frames", "num_inference_steps", "fps", "max_sequence_length"):
             value = getattr(self, key)
-            if value < 1:
+            if value is not None and value < 1:
                 raise ValueError(f"{key} must be at least 1, got {value}")
         for key, choices in (("dtype", DTYPES), ("vae_dtype", (*DTYPES, None)), ("offload", OFFLOADS)):
             value = getattr(self, key)

@@ -193,6 +193,13 @@ def test_python_in_the_docs_imports_what_exists():
                         assert hasattr(module, alias.name), f"{name}: {node.module} has no {alias.name}"
 
 
+def table_rows(text):
+    """The cells of every row of the tables in a text."""
+    return [
+        tuple(cell.strip() for cell in line.strip("|").split("|")) for line in text.splitlines() if line[:2] == "| "
+    ]
+
+
 def gpu_row(one):
     """A measurement as docs/benchmarks.md has it: the last three cells are known of our own kernels only."""
     cells = [one["shape"], one.get("mix") or one["provider"], f"{one['density']:.3f}", f"{one['relative_l1']:.4f}"]
@@ -209,9 +216,21 @@ def test_the_gpu_tables_are_the_data():
     measured = [gpu_row(json.loads(line)) for line in data.splitlines()]
     measured = [row for row in measured if row[1] != "dense FlashAttention-2"]
     text = (ROOT / "docs/benchmarks.md").read_text(encoding="utf-8").partition("## GPU")[2]
-    rows = [
-        tuple(cell.strip() for cell in line.strip("|").split("|")) for line in text.splitlines() if line[:2] == "| "
-    ]
-    rows = [row for row in rows if row[0] != "shape"]
+    rows = [row for row in table_rows(text) if row[0] != "shape"]
     assert len(rows) > 30
     assert sorted(rows) == sorted(measured)
+
+
+def test_the_table_of_presets_is_the_data():
+    """Every evaluation of a demo model's clips is a row of docs/miniature.md, rounded."""
+    measured = []
+    for line in (ROOT / "docs/benchmarks/miniature_presets.jsonl").read_text(encoding="utf-8").splitlines():
+        one = json.loads(line)
+        for name, row in one["rows"].items():
+            name, is_dense = name.partition("@")[0], name.startswith("dense")
+            cells = [f"`{one['model']}`", str(one["prompts"]), name if is_dense else f"`{name}`", str(row["steps"])]
+            cells += ["1" if is_dense else f"{row['density']:.3f}".lstrip("0"), f"{100 * row['adherence']:.1f}"]
+            cells += [f"{row['psnr']:.1f}", f"{row['ssim']:.3f}".lstrip("0")] if "psnr" in row else ["", ""]
+            measured.append(tuple(cells))
+    text = (ROOT / "docs/miniature.md").read_text(encoding="utf-8").partition("### Presets")[2].partition("\n#")[0]
+    assert table_rows(text)[1:] == measured

@@ -81,6 +81,7 @@ def test_users_file_and_overrides_are_laid_over(tmp_path):
     [
         pytest.param({"widht": 3}, "unknown key 'widht'. Did you mean 'width'", id="key"),
         pytest.param({"width": 0}, "width must be at least 1, got 0", id="size"),
+        pytest.param({"max_sequence_length": 0}, "max_sequence_length must be at least 1, got 0", id="text"),
         pytest.param({"dtype": "bf16"}, "dtype must be one of bfloat16, float16, float32, got 'bf16'", id="dtype"),
         pytest.param({"offload": "cpu"}, "offload must be one of none, model, sequential, got 'cpu'", id="offload"),
         pytest.param({"lora": {"path": "x"}}, "lora: unknown key 'path'", id="lora-key"),

@@ -1,6 +1,7 @@
 """Stage 4: an estimate of how much attention each block of queries pays to each block of keys."""
 
 import math
+from functools import cache
 
 import torch
 import triton
@@ -70,8 +71,9 @@ def block_importance(
     return importance
 
 
+@cache
 def _programs(device: torch.device) -> int:
-    """Programs that share the work: about as many as run at a time, so that their scratch stays in the cache."""
+    """Programs that share the work: about as many as run at a time, so that their scratch is small."""
     if device.type != "cuda":
         return 1  # the interpreter runs one after the other
     return _PROGRAMS * torch.cuda.get_device_properties(device).multi_processor_count
@@ -272,7 +274,7 @@ def _importance_kernel(
 ):  # fmt: skip
     """Several query blocks against all keys, once: what a row gives to the key blocks waits until its sum is known.
 
-    It waits in memory that this program alone writes and reads, again and again, so that it stays in the cache. A
+    It waits in memory that this program alone writes and reads, again and again, to stay in the cache if it fits. A
     record of a tile has the sums (or maxima) over its blocks ``[ROWS, BLOCKS]``, relative to the largest score that
     each row has met by then, and these scores ``[ROWS]``. Grid: any number of programs; every row is one program's
     alone, so the number changes no bit.
