@@ -79,9 +79,9 @@ def main(argv=None):
     clips, reference = {}, None
     for row in args.rows:
         clips[row], facts = job.make(row)
+        job.judge(row, clips[row], reference, facts)
         if reference is None and row not in _TRUTH:
             reference = clips[row]
-        job.judge(row, clips[row], reference, facts)
         if args.json:  # a row can take an hour: what there is, stands there
             job.write(args.json)
     job.show_details()
@@ -209,7 +209,7 @@ class Evaluation:
         return clips
 
     def judge(self, row, clips, reference, facts):
-        """Compare every clip with its prompt and, if there is another, with that of the reference; print a line."""
+        """Compare every clip with its prompt and, if there is one, with the reference; print a line."""
         import os
 
         import _world
@@ -218,8 +218,7 @@ class Evaluation:
         threads = torch.get_num_threads()
         torch.set_num_threads(1)
         with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
-            others = [None] * len(clips) if reference is clips or reference is None else reference
-            judged = list(pool.map(self._judge_one, self.scenes, clips, others))
+            judged = list(pool.map(self._judge_one, self.scenes, clips, reference or [None] * len(clips)))
         torch.set_num_threads(threads)
         by_name, by_kind = defaultdict(list), defaultdict(list)
         for scene, one in zip(self.scenes, judged, strict=True):

@@ -34,7 +34,7 @@ def _is_ti2v(config: Any, pipe: Any) -> bool:
 
 
 def _is_2_1(config: Any, pipe: Any) -> bool:
-    return not (_is_demo(config, pipe) or _has_experts(config, pipe) or _is_ti2v(config, pipe))
+    return not _has_experts(config, pipe) and not _is_ti2v(config, pipe)
 
 
 register_family(
