@@ -56,6 +56,7 @@ def block_importance(
     work = cdiv(num_q, rows) * batch * heads
     importance = torch.empty(batch, heads, num_blocks_q, num_blocks_k, dtype=torch.float32, device=q.device)
     log2e = math.log2(math.e)
+    qk_scale = scale * log2e or 1e-30  # the kernel divides by it
     with on_device(q):
         programs = min(work, _programs(q.device))
         room = (programs, cdiv(num_k, columns * tiles) * tiles, rows * (blocks + 1))
@@ -63,7 +64,7 @@ def block_importance(
         _importance_kernel[(programs,)](
             cells_q, cells_k, weights, bias, spreads, variances if moments else bias, importance, scratch,
             cells_k.stride()[:2], variances.stride()[:2] if moments else (0, 0),
-            heads, num_q, num_k, num_blocks_q, num_blocks_k, work, scale * log2e, MOMENT_CAP * log2e,
+            heads, num_q, num_k, num_blocks_q, num_blocks_k, work, qk_scale, MOMENT_CAP * log2e,
             HEAD_DIM=dim, D_PAD=padded(dim), ROWS=rows, COLUMNS=columns, PER_M=per_m, PER_N=per_n, TILES=tiles,
             MASS=mass, MOMENTS=moments,
             num_warps=launch.num_warps, num_stages=launch.num_stages, enable_fp_fusion=True,
@@ -83,12 +84,16 @@ def _key_cells(
     k: Tensor, layout: Layout, step: int, lanes: int, moments: bool, pyramid: Pyramid | None
 ) -> tuple[Tensor, Tensor | None]:
     """Representatives of the key cells ``[B, H, cells, D]``; for the moments their variances ``[B, H, cells]`` too."""
-    is_known = pyramid is not None and lanes > 1 and step in pyramid.factors[1:]
-    if not is_known or (moments and pyramid.variance is None):
+    known = None
+    if pyramid is not None and lanes > 1 and step in pyramid.factors[1:]:
+        base = pyramid.bases[pyramid.factors.index(step)]
+        cells = slice(base, base + layout.key_rows.shape[0] // step)
+        known = pyramid.keys[:, :, cells], None if pyramid.variance is None else pyramid.variance[:, :, cells]
+    elif pyramid is not None and lanes == step == POOLED_CELL:
+        known = pyramid.cells
+    if known is None or (moments and known[1] is None):
         return _represent(k, layout.key_rows, step, lanes, variance=moments)
-    base = pyramid.bases[pyramid.factors.index(step)]
-    cells = slice(base, base + layout.key_rows.shape[0] // step)
-    return pyramid.keys[:, :, cells], pyramid.variance[:, :, cells] if moments else None
+    return known
 
 
 def _represent(
@@ -365,10 +370,14 @@ def _scores(
     b_q, k_ptr, bias_ptr, spread, variances_ptr, columns, num_k, o_d, qk_scale, cap,
     HEAD_DIM: tl.constexpr, D_PAD: tl.constexpr, MOMENTS: tl.constexpr,
 ):  # fmt: skip
-    """Scores of one tile in base 2, ``[ROWS, COLUMNS]``; -inf where no token stands behind a key cell."""
-    b_k = load_rows(k_ptr, columns, columns < num_k, HEAD_DIM, o_d, HEAD_DIM, D_PAD)
+    """Scores of one tile in base 2, ``[ROWS, COLUMNS]``; -inf where no token stands behind a key cell.
+
+    The product starts from the bias: that takes fewer registers than adding it afterwards.
+    """
     bias = tl.load(bias_ptr + columns, mask=columns < num_k, other=float("-inf"))
-    b_s = tl.dot(b_q, tl.trans(b_k), input_precision="ieee") * qk_scale + bias[None, :]
+    b_k = load_rows(k_ptr, columns, columns < num_k, HEAD_DIM, o_d, HEAD_DIM, D_PAD)
+    b_s = tl.broadcast_to((bias / qk_scale)[None, :], (b_q.shape[0], columns.shape[0]))
+    b_s = tl.dot(b_q, tl.trans(b_k), b_s, input_precision="ieee") * qk_scale
     if MOMENTS:
         variance = tl.load(variances_ptr + columns, mask=columns < num_k, other=0.0)
         b_s += tl.minimum(spread[:, None] * variance[None, :], cap)
