@@ -78,7 +78,7 @@ def select_levels(
             tuple(float(round(bound * ranked)) for _, bound in levels[:-1]),
             num_k, layout.video_query_blocks, ranked,
             LEVELS=tuple(factor for factor, _ in levels), FACTORS=tuple(factors), TO_MAP=offsets is None,
-            HAS_CAP=cap is not None, HAS_FINITE=finite is not None, SIZE=size,
+            HAS_CAP=cap is not None, HAS_FINITE=finite is not None, SIZE=size, AT_ONCE=counted_at_once(num_k),
             num_warps=row_warps(size, 1024), enable_fp_fusion=True,
         )  # fmt: skip
 
@@ -141,7 +141,7 @@ def _select_kernel(
     out_ptr, offsets_ptr,                       # [B, H, M, N] level map or block ids; [B, H, M, F + 1], not with TO_MAP
     BOUNDS, num_blocks, video_rows, num_ranked,  # ranks at which a level ends
     LEVELS: tl.constexpr, FACTORS: tl.constexpr,  # factors, finest first; ascending and without 0
-    TO_MAP: tl.constexpr, HAS_CAP: tl.constexpr, HAS_FINITE: tl.constexpr, SIZE: tl.constexpr,
+    TO_MAP: tl.constexpr, HAS_CAP: tl.constexpr, HAS_FINITE: tl.constexpr, SIZE: tl.constexpr, AT_ONCE: tl.constexpr,
 ):  # fmt: skip
     """One row of blocks: which are above each bound, then the map or the lists. Grid: (M, B * H)."""
     i_m = tl.program_id(0)
@@ -154,12 +154,23 @@ def _select_kernel(
     key = tl.where(is_ranked, _ordered(tl.where(all_full, 0.0, importance)), -0x80000000)
     highest = tl.max(key, 0)
     lowest = tl.min(tl.where(is_ranked, key, highest), 0)
-    factor = tl.full([SIZE], LEVELS[0], tl.int32)
-    for level in tl.static_range(1, len(LEVELS)):
-        inside = _largest(key, tl.cast(BOUNDS[level - 1], tl.int32), lowest, highest, num_ranked)
-        factor = tl.where(inside, factor, LEVELS[level])
+    foremost = tl.min(tl.where(key == highest, o_n, SIZE), 0)
+    # a later bound lies below: the search for it begins where the last one ended, and what is above has its factor,
+    # which takes the place of its key and is larger than any: a second row of numbers would take the room of programs
+    FOUND: tl.constexpr = 0x7FFF0000
+    end = highest + 1
+    above = 0
+    for level in range(1, len(LEVELS)):  # not unrolled: the code of all would not fit where instructions are kept
+        bound, finer = 0.0, 0
+        for i in tl.static_range(1, len(LEVELS)):
+            bound = tl.where(level == i, BOUNDS[i - 1], bound)
+            finer = tl.where(level == i, LEVELS[i - 1], finer)
+        inside, end = _largest(key, o_n, bound.to(tl.int32), lowest, num_ranked, end, above)
+        key = tl.where(inside & (key < FOUND), FOUND + finer, key)
+        above = bound.to(tl.int32)
+    factor = tl.where(key >= FOUND, key - FOUND, LEVELS[len(LEVELS) - 1])
     # the first block is read in full, whatever the levels say
-    factor = tl.where(o_n == tl.min(tl.where(key == highest, o_n, SIZE), 0), 1, factor)
+    factor = tl.where(o_n == foremost, 1, factor)
     if HAS_CAP:
         cap = tl.load(cap_ptr + i_bh * num_blocks + o_n, mask=is_ranked, other=1)
         factor = tl.minimum(factor, cap.to(tl.int32))
@@ -169,20 +180,20 @@ def _select_kernel(
     if TO_MAP:
         tl.store(out_ptr + o_n, factor.to(tl.int16), mask=o_n < num_blocks)
     else:
-        write_lists(tl.where(o_n < num_blocks, factor, 0), out_ptr, offsets_ptr, row, FACTORS, SIZE)
+        write_lists(tl.where(o_n < num_blocks, factor, 0), out_ptr, offsets_ptr, row, FACTORS, AT_ONCE)
 
 
 @triton.jit
-def _largest(key, count, lowest, highest, total):
-    """Which of ``key`` are the ``count`` largest, of equal ones the first; ``total`` of them lie in lowest … highest.
+def _largest(key, o_n, count, lowest, total, end, above):
+    """Which of ``key`` are the ``count`` largest, of equal ones the first; ``total`` of them are ``lowest`` or more.
 
     Halves the range of the threshold until it parts as many as are wanted, which random numbers need a dozen rounds
-    for, or until it is a single number, which ties need.
+    for, or until it is a single number, which ties need. ``above`` keys, at most ``count``, are ``end`` or more. Also
+    returns an ``end`` for the keys that are left.
     """
-    high = highest + 1
-    low = tl.where(count > 0, lowest, high)
-    reached = tl.where(count > 0, total, 0)  # keys from low on, at least count
-    above = 0  # keys from high on, less than count
+    high = end
+    low = tl.where(count > above, lowest, high)
+    reached = tl.where(count > above, total, above)  # keys from low on, at least count
     middle = (low & high) + ((low ^ high) >> 1)  # the sum of both may pass 2**31
     while (reached != count) & (middle != low):
         number = tl.sum((key >= middle).to(tl.int32), 0)
@@ -194,36 +205,51 @@ def _largest(key, count, lowest, highest, total):
         middle = (low & high) + ((low ^ high) >> 1)
     inside = key >= low
     if reached != count:
-        tied = (key == low).to(tl.int32)
-        inside = (key > low) | ((tied > 0) & (tl.cumsum(tied, 0) <= count - above))
-    return inside
+        # the first of those that are equal: up to which index, is found by halving, too
+        tied = key == low
+        first = 0
+        last = key.shape[0]
+        while last - first > 1:
+            between = (first + last) // 2
+            enough = tl.sum((tied & (o_n < between)).to(tl.int32), 0) >= count - above
+            first = tl.where(enough, first, between)
+            last = tl.where(enough, between, last)
+        inside = inside & ((key > low) | (o_n < last))
+    return inside, tl.where(reached == count, low, high)
+
+
+def counted_at_once(num_blocks: int) -> int:
+    """Factors whose blocks are counted together in one integer, for rows of so many blocks."""
+    return 3 if num_blocks < 1024 else 2
 
 
 @triton.jit
-def write_lists(level, block_ids_ptr, offsets_ptr, row, FACTORS: tl.constexpr, SIZE: tl.constexpr):
-    """The blocks of one row grouped by factor, ``level [SIZE]`` with 0 past the row's end: a counting sort."""
+def write_lists(level, block_ids_ptr, offsets_ptr, row, FACTORS: tl.constexpr, AT_ONCE: tl.constexpr):
+    """The blocks of one row grouped by factor, ``level [SIZE]`` with 0 past the row's end: a counting sort.
+
+    AT_ONCE factors are counted at once, each in BITS of a number.
+    """
+    BITS: tl.constexpr = 10 if AT_ONCE == 3 else 16
+    SIZE: tl.constexpr = level.shape[0]
     offsets_ptr += row * (len(FACTORS) + 1)
     tl.store(offsets_ptr, 0)
-    place = tl.full([SIZE], -1, tl.int32)
-    start = 0
-    for f in tl.static_range(0, len(FACTORS), 2):
-        # two factors are counted at once, one in each half of a number
-        one = (level == FACTORS[f]).to(tl.int32)
-        two = tl.zeros([SIZE], tl.int32)
-        if f + 1 < len(FACTORS):
-            two = (level == FACTORS[f + 1]).to(tl.int32)
-        both = one + (two << 16)
-        running = tl.cumsum(both, 0)
-        number = tl.sum(both, 0)
-        place = tl.where(one > 0, start + (running & 0xFFFF) - 1, place)
-        start += number & 0xFFFF
-        tl.store(offsets_ptr + f + 1, start)
-        if f + 1 < len(FACTORS):
-            place = tl.where(two > 0, start + (running >> 16) - 1, place)
-            start += number >> 16
-            tl.store(offsets_ptr + f + 2, start)
     o_n = tl.arange(0, SIZE)
-    tl.store(block_ids_ptr + place, o_n.to(block_ids_ptr.dtype.element_ty), mask=place >= 0)
+    start = 0
+    for f in tl.static_range(0, len(FACTORS), AT_ONCE):
+        one = tl.zeros([SIZE], tl.int32)
+        for i in tl.static_range(AT_ONCE):
+            if f + i < len(FACTORS):
+                one = tl.where(level == FACTORS[f + i], 1 << (BITS * i), one)
+        running = tl.cumsum(one, 0)
+        numbers = tl.sum(one, 0)
+        place = tl.full([SIZE], -1, tl.int32)
+        for i in tl.static_range(AT_ONCE):
+            if f + i < len(FACTORS):
+                rank = (running >> (BITS * i)) & ((1 << BITS) - 1)
+                place = tl.where(level == FACTORS[f + i], start + rank - 1, place)
+                start += (numbers >> (BITS * i)) & ((1 << BITS) - 1)
+                tl.store(offsets_ptr + f + i + 1, start)
+        tl.store(block_ids_ptr + place, o_n.to(block_ids_ptr.dtype.element_ty), mask=place >= 0)
 
 
 @triton.jit

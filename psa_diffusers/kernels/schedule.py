@@ -6,7 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from psa_diffusers.kernels.launch import next_power_of_2, on_device
-from psa_diffusers.kernels.levels import assign_block_levels, check_row, select_levels, write_lists
+from psa_diffusers.kernels.levels import assign_block_levels, check_row, counted_at_once, select_levels, write_lists
 from psa_diffusers.kernels.tuning import row_warps
 from psa_diffusers.layout import Layout
 from psa_diffusers.stages.schedule import Schedule, id_dtype
@@ -26,7 +26,7 @@ def make_schedule(level_map: Tensor, factors: tuple[int, ...], block_n: int) -> 
     with on_device(level_map):
         _schedule_kernel[(num_q, batch * heads)](
             level_map.contiguous(), schedule.block_ids, schedule.offsets, num_k, FACTORS=tuple(factors), SIZE=size,
-            num_warps=row_warps(size, 512), enable_fp_fusion=True,
+            AT_ONCE=counted_at_once(num_k), num_warps=row_warps(size, 512), enable_fp_fusion=True,
         )  # fmt: skip
     return schedule
 
@@ -81,10 +81,10 @@ def _empty(like: Tensor, factors: tuple[int, ...], block_n: int) -> Schedule:
 @triton.jit(do_not_specialize=["num_blocks"])
 def _schedule_kernel(
     level_map_ptr, block_ids_ptr, offsets_ptr,  # [B, H, M, N] [B, H, M, N] [B, H, M, F + 1]
-    num_blocks, FACTORS: tl.constexpr, SIZE: tl.constexpr,
+    num_blocks, FACTORS: tl.constexpr, SIZE: tl.constexpr, AT_ONCE: tl.constexpr,
 ):  # fmt: skip
     """One row. Grid: (M, B * H)."""
     row = tl.program_id(1).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
     o_n = tl.arange(0, SIZE)
     level = tl.load(level_map_ptr + row * num_blocks + o_n, mask=o_n < num_blocks, other=0).to(tl.int32)
-    write_lists(level, block_ids_ptr + row * num_blocks, offsets_ptr, row, FACTORS, SIZE)
+    write_lists(level, block_ids_ptr + row * num_blocks, offsets_ptr, row, FACTORS, AT_ONCE)
