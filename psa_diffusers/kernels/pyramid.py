@@ -1,6 +1,7 @@
 """Stage 3: mean-pooled copies of keys and values, at every factor that a level map may ask for."""
 
 from dataclasses import replace
+from itertools import pairwise
 
 import torch
 import triton
@@ -10,6 +11,7 @@ from torch import Tensor
 from psa_diffusers.kernels.launch import aside, cdiv, head_strides, load_rows, on_device, pack_factors, padded, remember
 from psa_diffusers.kernels.tuning import COVARIANCE, PYRAMID, launch_of
 from psa_diffusers.layout import Layout
+from psa_diffusers.stages.importance import POOLED_CELL
 from psa_diffusers.stages.pyramid import Pyramid, pooled_rows
 
 _COVARIANCE_ROWS = 4096  # cells a program sums over; a number of the chip's own would change the order of the sums
@@ -27,6 +29,7 @@ def build_pyramid(
     """Pool keys and values over the cells of every factor. See `psa_diffusers.stages.pyramid.build_pyramid`.
 
     K and V are read once, in place, through ``layout.key_rows``; with ``value_tilt`` a second time. Empty cells are 0.
+    Where no factor is as wide as a cell of the estimate of importance, those cells are kept as well.
 
     Args:
         k: Keys ``[B, H, L, D]``, tokens as the model has them; any strides with contiguous channels.
@@ -42,19 +45,29 @@ def build_pyramid(
     keys, values = (torch.empty(batch, heads, num_rows, dim, dtype=x.dtype, device=x.device) for x in (k, v))
     variance = torch.empty(batch, heads, num_rows, dtype=torch.float32, device=k.device) if key_variance else None
     finite = torch.ones(batch, heads, dtype=torch.bool, device=k.device)
+    cells = None
+    if len(factors) > 1 and POOLED_CELL not in factors and POOLED_CELL <= block_n:
+        room = (batch, heads, num_blocks * block_n // POOLED_CELL)
+        variances = torch.empty(room, dtype=torch.float32, device=k.device) if key_variance else None
+        cells = torch.empty(*room, dim, dtype=k.dtype, device=k.device), variances
+    outputs = [keys, values, variance, *(cells or (None, None))]
     log_counts = remember(layout, ("log_counts", factors), lambda: _log_counts(layout, factors))
     launch = launch_of(PYRAMID, dim, k.element_size(), k.device)
     span = min(launch.span, block_n)
     # a tile of spans, so that a thread merges whole spans in its registers
     blocks = max(1, 1024 * span // (block_n * padded(dim)))
     spans = blocks * (block_n // span)
+    if value_tilt:
+        with aside(k):
+            sums = _CovarianceSums(k, v, layout, factors)
+    cap = {"maxnreg": launch.registers} if launch.registers else {}
     with on_device(k):
         _pyramid_kernel[(cdiv(num_blocks, blocks), batch * heads)](
-            k, v, layout.key_rows, keys, values, keys if variance is None else variance, finite,
+            k, v, layout.key_rows, tuple(keys if x is None else x for x in outputs), finite,
             head_strides(k), head_strides(v), heads, num_blocks, num_rows,
-            FACTORS=sum(factors), LEVELS=factors[-1].bit_length() - 1, HEAD_DIM=dim, D_PAD=padded(dim), BLOCK_N=block_n,
+            FACTORS=sum(factors), CELL=POOLED_CELL if cells else 0, HEAD_DIM=dim, D_PAD=padded(dim), BLOCK_N=block_n,
             BLOCKS=blocks, SPAN=span, KEY_VARIANCE=key_variance,
-            num_warps=max(1, min(8, spans * padded(dim) // (32 * launch.channels))), enable_fp_fusion=True,
+            num_warps=max(1, min(8, spans * padded(dim) // (32 * launch.channels))), enable_fp_fusion=True, **cap,
         )  # fmt: skip
     pyramid = Pyramid(
         factors=tuple(factors),
@@ -65,12 +78,13 @@ def build_pyramid(
         variance=variance,
         covariance=None,
         finite=finite,
+        cells=cells,
     )
     if not value_tilt:
         return pyramid
     # importance and levels do not need it: they are estimated meanwhile
     with aside(k) as done:
-        covariance = _covariance(k, v, layout, keys, values, log_counts, factors)
+        covariance = sums.finish(keys, values, log_counts)
     return replace(pyramid, covariance=covariance, ready=done[0] if done else None)
 
 
@@ -79,59 +93,79 @@ def _log_counts(layout: Layout, factors: tuple[int, ...]) -> Tensor:
     return torch.cat(counts).float().log() if counts else torch.zeros(0, device=layout.key_rows.device)
 
 
-def _covariance(
-    k: Tensor, v: Tensor, layout: Layout, keys: Tensor, values: Tensor, log_counts: Tensor, factors: tuple[int, ...]
-) -> Tensor:
-    """Within-cell covariance of keys and values at every factor: ``[B, H, F, D, D]`` float32.
+class _CovarianceSums:
+    """Within-cell covariance of keys and values at every factor, in the making.
 
     By the law of total covariance, what a factor adds to the factor before it is the covariance of that one's cells
     within its own cells: tokens are read for the first pooled factor only, then cells. Each program sums over its part
     of the cells, and the parts are added in a fixed order.
+
+    Pairs of tokens need no mean: if the first pooled factor is 2, their sums are launched at once, beside the pyramid.
     """
-    batch, heads, tokens, dim = k.shape
-    covariance = torch.empty(batch, heads, len(factors), dim, dim, dtype=torch.float32, device=k.device)
-    if len(factors) == 1:
-        return covariance.zero_()
-    num_lanes = layout.key_rows.shape[0]
-    splits = [cdiv(num_lanes // factor, _COVARIANCE_ROWS) for factor in factors[:-1]]
-    ends = remember(layout, ("splits", factors), lambda: torch.tensor(splits).cumsum(0).int().to(k.device))
-    tuned = launch_of(COVARIANCE, dim, k.element_size(), k.device)
-    columns = min(padded(dim), tuned.columns)
-    panels = padded(dim) // columns
-    parts = torch.empty(sum(splits), batch * heads, dim, dim, dtype=torch.float32, device=k.device)
 
-    def launch(first: int, last: int, from_tokens: bool, pairs: bool) -> None:
-        _covariance_kernel[(splits[first - 1] * panels, last - first + 1, batch * heads)](
-            k, v, layout.key_rows, keys, values, log_counts, parts, ends,
-            head_strides(k), head_strides(v), heads, num_lanes, keys.shape[2], pack_factors(factors), first,
-            HEAD_DIM=dim, D_PAD=padded(dim), TILE=tuned.tile, COLUMNS=columns, PANELS=panels,
-            CELLS=_COVARIANCE_ROWS, FROM_TOKENS=from_tokens, PAIRS=pairs,
-            num_warps=tuned.num_warps, num_stages=tuned.num_stages, enable_fp_fusion=True,
-        )  # fmt: skip
+    def __init__(self, k: Tensor, v: Tensor, layout: Layout, factors: tuple[int, ...]) -> None:
+        batch, heads, _, dim = k.shape
+        self.k, self.v, self.layout, self.factors = k, v, layout, factors
+        self.steps = [coarse // fine for fine, coarse in pairwise(factors)]  # fine cells in a coarse one
+        self.splits = [cdiv(layout.key_rows.shape[0] // factor, _COVARIANCE_ROWS) for factor in factors[:-1]]
+        self.parts = torch.empty(sum(self.splits), batch * heads, dim, dim, dtype=torch.float32, device=k.device)
+        self.is_begun = self.steps[:1] == [2]
+        if self.is_begun:
+            self._launch(1, 1, k, v, k)
 
-    with on_device(k):
+    def finish(self, keys: Tensor, values: Tensor, log_counts: Tensor) -> Tensor:
+        """The covariance ``[B, H, F, D, D]`` float32, given the pyramid."""
+        k, factors, steps = self.k, self.factors, self.steps
+        batch, heads, tokens, dim = k.shape
+        covariance = torch.empty(batch, heads, len(factors), dim, dim, dtype=torch.float32, device=k.device)
+        if len(factors) == 1:
+            return covariance.zero_()
+        if not self.is_begun:
+            self._launch(1, 1, keys, values, log_counts)
         # runs of factors that step alike, in one launch each
-        first = 1
+        first = 2
         while first < len(factors):
-            pairs = factors[first] == 2 * factors[first - 1]
             last = first
-            while first > 1 and last + 1 < len(factors) and (factors[last + 1] == 2 * factors[last]) == pairs:
+            while last + 1 < len(factors) and steps[last] == steps[first - 1]:
                 last += 1
-            launch(first, last, first == 1, pairs)
+            self._launch(first, last, keys, values, log_counts)
             first = last + 1
-        _add_parts_kernel[(cdiv(dim * dim, 512), batch * heads)](
-            parts, ends, covariance, dim * dim, 1 / tokens, F=len(factors), SIZE=512, num_warps=4, enable_fp_fusion=True
-        )
-    return covariance
+        with on_device(k):
+            _add_parts_kernel[(cdiv(dim * dim, 512), batch * heads)](
+                self.parts, self._ends(), covariance, dim * dim, 1 / tokens,
+                F=len(factors), SIZE=512, num_warps=4, enable_fp_fusion=True,
+            )  # fmt: skip
+        return covariance
+
+    def _launch(self, first: int, last: int, keys: Tensor, values: Tensor, log_counts: Tensor) -> None:
+        k, v, layout, step = self.k, self.v, self.layout, self.steps[first - 1]
+        batch, heads, _, dim = k.shape
+        tuned = launch_of(COVARIANCE, dim, k.element_size(), k.device)
+        columns = min(padded(dim), tuned.columns)
+        panels = padded(dim) // columns
+        with on_device(k):
+            _covariance_kernel[(self.splits[first - 1] * panels, last - first + 1, batch * heads)](
+                k, v, layout.key_rows, keys, values, log_counts, self.parts, self._ends(),
+                head_strides(k), head_strides(v), heads, layout.key_rows.shape[0], keys.shape[2],
+                pack_factors(self.factors), first,
+                HEAD_DIM=dim, D_PAD=padded(dim), TILE=tuned.tile, COLUMNS=columns, PANELS=panels,
+                CELLS=_COVARIANCE_ROWS, FROM_TOKENS=first == 1, PAIRS=step == 2, ONE_MEAN=step >= tuned.tile,
+                num_warps=tuned.num_warps, num_stages=tuned.num_stages, enable_fp_fusion=True,
+            )  # fmt: skip
+
+    def _ends(self) -> Tensor:
+        """Where the parts of each factor end."""
+        made = lambda: torch.tensor(self.splits).cumsum(0).int().to(self.k.device)  # noqa: E731
+        return remember(self.layout, ("splits", self.factors), made)
 
 
 @triton.jit(do_not_specialize=["num_blocks", "num_rows"])
 def _pyramid_kernel(
     k_ptr, v_ptr, rows_ptr,                # [B, H, L, D] [B, H, L, D] [N * BLOCK_N]
-    keys_ptr, values_ptr, variance_ptr,    # [B, H, P, D] [B, H, P, D] [B, H, P]
+    out,                                   # [B, H, P, D] [B, H, P, D] [B, H, P]; [B, H, cells, D] [B, H, cells]
     finite_ptr,                            # [B, H] bool, true before
     K_STRIDES, V_STRIDES, H, num_blocks, num_rows,
-    FACTORS: tl.constexpr, LEVELS: tl.constexpr,  # the factors, one bit each; log2 of the largest
+    FACTORS: tl.constexpr, CELL: tl.constexpr,  # the factors, one bit each; a width more that keys are kept of, or 0
     HEAD_DIM: tl.constexpr, D_PAD: tl.constexpr, BLOCK_N: tl.constexpr, BLOCKS: tl.constexpr, SPAN: tl.constexpr,
     KEY_VARIANCE: tl.constexpr,
 ):  # fmt: skip
@@ -144,25 +178,22 @@ def _pyramid_kernel(
     i_bh = tl.program_id(1).to(tl.int64)
     k_ptr += (i_bh // H) * K_STRIDES[0] + (i_bh % H) * K_STRIDES[1]
     v_ptr += (i_bh // H) * V_STRIDES[0] + (i_bh % H) * V_STRIDES[1]
-    keys_ptr += i_bh * num_rows * HEAD_DIM
-    values_ptr += i_bh * num_rows * HEAD_DIM
-    variance_ptr += i_bh * num_rows
     first = tl.program_id(0) * (BLOCKS * BLOCK_N)
     num_lanes = num_blocks * BLOCK_N
+    rows = i_bh * num_rows
+    out = (out[0] + rows * HEAD_DIM, out[1] + rows * HEAD_DIM, out[2] + rows, out[3], out[4])
+    if CELL:
+        rows = i_bh * (num_lanes // CELL)
+        out = (out[0], out[1], out[2], out[3] + rows * HEAD_DIM, out[4] + rows)
     o_d = tl.arange(0, D_PAD)
     lane = first + tl.arange(0, SPANS) * SPAN
     inside = lane < num_lanes
-    broken = tl.zeros([SPANS], tl.int32)
-    out = (keys_ptr, values_ptr, variance_ptr)
     for i in tl.static_range(SPAN):
         rows = tl.load(rows_ptr + lane + i, mask=inside, other=-1)
         k = load_rows(k_ptr, rows, rows >= 0, K_STRIDES[2], o_d, HEAD_DIM, D_PAD).to(tl.float32)
         v = load_rows(v_ptr, rows, rows >= 0, V_STRIDES[2], o_d, HEAD_DIM, D_PAD).to(tl.float32)
-        # the comparison is false for NaN too
-        sound = (tl.abs(k) < float("inf")) & (tl.abs(v) < float("inf"))
-        broken = tl.maximum(broken, 1 - tl.min(sound.to(tl.int32), 1))
         n = (rows >= 0).to(tl.float32)
-        s = tl.zeros([SPANS], tl.float32)
+        s = tl.zeros([SPANS, D_PAD // 8], tl.float32)  # by eight channels: a thread has them
         if SPAN >= 2:
             if i % 2 == 0:
                 k1, v1, n1, s1 = k, v, n, s
@@ -170,7 +201,7 @@ def _pyramid_kernel(
                 k, v, n, s = _merge(k1, v1, n1, s1, k, v, n, s, KEY_VARIANCE)
                 _keep(
                     (k, v, n, s), out, lane + i, inside, num_lanes,
-                    1, FACTORS, HEAD_DIM, D_PAD, KEY_VARIANCE,
+                    1, FACTORS, CELL, HEAD_DIM, D_PAD, KEY_VARIANCE,
                 )  # fmt: skip
                 if SPAN >= 4:
                     if i % 4 == 1:
@@ -179,7 +210,7 @@ def _pyramid_kernel(
                         k, v, n, s = _merge(k2, v2, n2, s2, k, v, n, s, KEY_VARIANCE)
                         _keep(
                             (k, v, n, s), out, lane + i, inside, num_lanes,
-                            2, FACTORS, HEAD_DIM, D_PAD, KEY_VARIANCE,
+                            2, FACTORS, CELL, HEAD_DIM, D_PAD, KEY_VARIANCE,
                         )  # fmt: skip
                         if SPAN >= 8:
                             if i % 8 == 3:
@@ -188,7 +219,7 @@ def _pyramid_kernel(
                                 k, v, n, s = _merge(k3, v3, n3, s3, k, v, n, s, KEY_VARIANCE)
                                 _keep(
                                     (k, v, n, s), out, lane + i, inside, num_lanes,
-                                    3, FACTORS, HEAD_DIM, D_PAD, KEY_VARIANCE,
+                                    3, FACTORS, CELL, HEAD_DIM, D_PAD, KEY_VARIANCE,
                                 )  # fmt: skip
                                 if SPAN >= 16:
                                     if i % 16 == 7:
@@ -197,54 +228,62 @@ def _pyramid_kernel(
                                         k, v, n, s = _merge(k4, v4, n4, s4, k, v, n, s, KEY_VARIANCE)
                                         _keep(
                                             (k, v, n, s), out, lane + i, inside, num_lanes,
-                                            4, FACTORS, HEAD_DIM, D_PAD, KEY_VARIANCE,
+                                            4, FACTORS, CELL, HEAD_DIM, D_PAD, KEY_VARIANCE,
                                         )  # fmt: skip
 
-    any_broken = tl.max(broken, 0)
-    tl.store(finite_ptr + i_bh, any_broken == 0, mask=any_broken > 0)  # whoever stores, stores the same
+    # what is not finite stays so in the mean; the comparison is false for NaN too
+    sound = (tl.abs(k) < float("inf")) & (tl.abs(v) < float("inf"))
+    all_sound = tl.min(tl.min(sound.to(tl.int32), 1), 0)
+    tl.store(finite_ptr + i_bh, all_sound > 0, mask=all_sound == 0)  # whoever stores, stores the same
 
     # what is wider than a span: neighbours in the tile
-    for level in tl.static_range(1, LEVELS + 1):
-        if (1 << level) > SPAN:
+    for level in tl.static_range(1, 16):
+        if (1 << level) > SPAN and (1 << level) <= BLOCK_N and ((FACTORS | CELL) >> level):
             k, v, n, s = _merge_neighbours(k, v, n, s, BLOCKS * BLOCK_N >> level, D_PAD, KEY_VARIANCE)
             start = first + (tl.arange(0, BLOCKS * BLOCK_N >> level) << level)
             _keep(
                 (k, v, n, s), out, start, start < num_lanes, num_lanes,
-                level, FACTORS, HEAD_DIM, D_PAD, KEY_VARIANCE,
+                level, FACTORS, CELL, HEAD_DIM, D_PAD, KEY_VARIANCE,
             )  # fmt: skip
 
 
 @triton.jit
 def _merge(ka, va, na, sa, kb, vb, nb, sb, VARIANCE: tl.constexpr):
-    """Means ``[R, D]``, number of tokens, sum of squared key deviations ``[R]`` of two sets of cells taken together."""
+    """Two sets of cells taken together: means ``[R, D]``, numbers of tokens ``[R]``, sums of squares ``[R, D / 8]``."""
     n = na + nb
     share = nb / tl.maximum(n, 1.0)
     away = kb - ka
     s = sa + sb
     if VARIANCE:
         # parallel-axis formula: differences of means, never of squares, so nothing cancels
-        s += tl.sum(away * away, 1) * (na * share)
+        s += tl.sum(tl.reshape(away * away, (s.shape[0], s.shape[1], 8)), 2) * (na * share)[:, None]
     return ka + away * share[:, None], va + (vb - va) * share[:, None], n, s
 
 
 @triton.jit
 def _keep(
     cells, out, lane, inside, num_lanes,
-    LEVEL: tl.constexpr, FACTORS: tl.constexpr, HEAD_DIM: tl.constexpr, D_PAD: tl.constexpr, VARIANCE: tl.constexpr,
+    LEVEL: tl.constexpr, FACTORS: tl.constexpr, CELL: tl.constexpr,
+    HEAD_DIM: tl.constexpr, D_PAD: tl.constexpr, VARIANCE: tl.constexpr,
 ):  # fmt: skip
-    """Store the cells in which the lanes stand, if their level is a factor of the preset."""
-    if (FACTORS >> LEVEL) & 1:
+    """Store the cells in which the lanes stand, if their level is a factor of the preset, or the other width."""
+    IS_FACTOR: tl.constexpr = (FACTORS >> LEVEL) & 1
+    if IS_FACTOR or CELL == 1 << LEVEL:
         row = lane >> LEVEL
-        for finer in tl.static_range(1, LEVEL):
-            if (FACTORS >> finer) & 1:
-                row += num_lanes >> finer
+        if IS_FACTOR:
+            for finer in tl.static_range(1, LEVEL):
+                if (FACTORS >> finer) & 1:
+                    row += num_lanes >> finer
+        keys_ptr = out[0] if IS_FACTOR else out[3]
+        variance_ptr = out[2] if IS_FACTOR else out[4]
         o_d = tl.arange(0, D_PAD)
         place = row[:, None] * HEAD_DIM + o_d[None, :]
         mask = inside[:, None] & (o_d < HEAD_DIM)[None, :]
-        tl.store(out[0] + place, cells[0].to(out[0].dtype.element_ty), mask=mask)
-        tl.store(out[1] + place, cells[1].to(out[1].dtype.element_ty), mask=mask)
+        tl.store(keys_ptr + place, cells[0].to(keys_ptr.dtype.element_ty), mask=mask)
+        if IS_FACTOR:
+            tl.store(out[1] + place, cells[1].to(out[1].dtype.element_ty), mask=mask)
         if VARIANCE:
-            tl.store(out[2] + row, cells[3] / (tl.maximum(cells[2], 1.0) * HEAD_DIM), mask=inside)
+            tl.store(variance_ptr + row, tl.sum(cells[3], 1) / (tl.maximum(cells[2], 1.0) * HEAD_DIM), mask=inside)
 
 
 @triton.jit
@@ -256,10 +295,10 @@ def _merge_neighbours(k, v, n, s, CELLS: tl.constexpr, D_PAD: tl.constexpr, VARI
     pair_k = tl.reshape(k, (CELLS, 2, D_PAD))
     mean_k = tl.sum(pair_k * share, 1)
     mean_v = tl.sum(tl.reshape(v, (CELLS, 2, D_PAD)) * share, 1)
-    s = tl.sum(tl.reshape(s, (CELLS, 2)), 1)
+    s = tl.sum(tl.reshape(s, (CELLS, 2, D_PAD // 8)), 1)
     if VARIANCE:
         away = pair_k - mean_k[:, None, :]
-        s += tl.sum(tl.sum(away * away, 2) * pair_n, 1)
+        s += tl.sum(tl.sum(tl.reshape(away * away, (CELLS, 2, D_PAD // 8, 8)), 3) * pair_n[:, :, None], 1)
     return mean_k, mean_v, total, s
 
 
@@ -270,11 +309,12 @@ def _covariance_kernel(
     parts_ptr, ends_ptr,                   # [parts, B * H, D, D] [F - 1]: where the parts of each factor end
     K_STRIDES, V_STRIDES, H, num_lanes, num_rows, packed_factors, first,
     HEAD_DIM: tl.constexpr, D_PAD: tl.constexpr, TILE: tl.constexpr, COLUMNS: tl.constexpr, PANELS: tl.constexpr,
-    CELLS: tl.constexpr, FROM_TOKENS: tl.constexpr, PAIRS: tl.constexpr,
+    CELLS: tl.constexpr, FROM_TOKENS: tl.constexpr, PAIRS: tl.constexpr, ONE_MEAN: tl.constexpr,
 ):  # fmt: skip
     """Covariance of CELLS cells of one factor (the fine ones) within the cells of the next (the coarse ones).
 
-    Grid: (splits * PANELS of COLUMNS value channels, factors, B * H). Factor `first + program_id(1)` is the coarse one.
+    With PAIRS a coarse cell is two fine ones, with ONE_MEAN a whole number of tiles. Factor `first + program_id(1)` is
+    the coarse one. Grid: (splits * PANELS of COLUMNS value channels, factors, B * H).
     """
     split = tl.program_id(0) // PANELS
     panel = tl.program_id(0) % PANELS
@@ -309,19 +349,17 @@ def _covariance_kernel(
                 k1, v1, n1 = _cells(cell, stop, source, o_d, o_c, HEAD_DIM, D_PAD, COLUMNS, FROM_TOKENS)
                 k2, v2, n2 = _cells(cell + 1, stop, source, o_d, o_c, HEAD_DIM, D_PAD, COLUMNS, FROM_TOKENS)
                 weight = n1 * n2 / tl.maximum(n1 + n2, 1e-6)
-                away_k = k1.to(tl.float32) - k2.to(tl.float32)
-                away_v = v1.to(tl.float32) - v2.to(tl.float32)
+                away_k = k1 - k2
+                away_v = v1 - v2
             else:
-                cell = t + o_t
+                k1, v1, weight = _cells(t + o_t, stop, source, o_d, o_c, HEAD_DIM, D_PAD, COLUMNS, FROM_TOKENS)
+                cell = t + (tl.arange(0, 1) if ONE_MEAN else o_t)
                 coarse = base_coarse + (cell >> (log2_coarse - log2_fine))
-                k1, v1, weight = _cells(cell, stop, source, o_d, o_c, HEAD_DIM, D_PAD, COLUMNS, FROM_TOKENS)
-                mean_k = load_rows(keys_ptr, coarse, cell < stop, HEAD_DIM, o_d, HEAD_DIM, D_PAD)
-                mean_v = load_rows(values_ptr, coarse, cell < stop, HEAD_DIM, o_c, HEAD_DIM, COLUMNS)
-                away_k = k1.to(tl.float32) - mean_k.to(tl.float32)
-                away_v = v1.to(tl.float32) - mean_v.to(tl.float32)
+                away_k = k1 - load_rows(keys_ptr, coarse, cell < stop, HEAD_DIM, o_d, HEAD_DIM, D_PAD)
+                away_v = v1 - load_rows(values_ptr, coarse, cell < stop, HEAD_DIM, o_c, HEAD_DIM, COLUMNS)
             # the weight goes to the values: what is transposed is cheaper to make where it is loaded
-            away_v = tl.where(weight[:, None] > 0, away_v * weight[:, None], 0.0).to(k1.dtype)
-            total = tl.dot(tl.trans(away_k.to(k1.dtype)), away_v, total, input_precision="ieee")
+            away_v = tl.where(weight[:, None] > 0, away_v.to(tl.float32) * weight[:, None], 0.0).to(k1.dtype)
+            total = tl.dot(tl.trans(away_k), away_v, total, input_precision="ieee")
         total *= (1 << log2_fine).to(tl.float32)
 
         start = 0

@@ -107,29 +107,32 @@ class PyramidLaunch:
     """Attributes:
     span: Tokens that one thread row merges, two by two, without talking to another.
     channels: Channels a thread.
+    registers: A limit to the registers a thread, so that more programs fit, or None.
     """
 
     span: int
     channels: int
+    registers: int | None = None
 
 
 # (matrix unit, padded head dimension) -> launch; "" for chips without a row of their own.
-# The rows of wgmma won on an H100 or H200, among those that do not spill: docs/benchmarks/tuning.jsonl
+# The rows of wgmma won on an H100 or H200: docs/benchmarks/tuning.jsonl
 IMPORTANCE = {
     **{("", dim): ImportanceLaunch(64, 64, 4, 2) for dim in (16, 32, 64, 128, 256)},
-    ("wgmma", 64): ImportanceLaunch(64, 64, 4, 3),
-    ("wgmma", 128): ImportanceLaunch(128, 64, 4, 3),
+    ("mma", 64): ImportanceLaunch(64, 64, 4, 3),  # with two in flight it spills on sm_120
+    ("wgmma", 64): ImportanceLaunch(128, 128, 4, 2),
+    ("wgmma", 128): ImportanceLaunch(128, 128, 4, 2),
 }
 COVARIANCE = {
     **{("", dim): CovarianceLaunch(64, 128, 4, 1) for dim in (16, 32, 64)},
     **{("", dim): CovarianceLaunch(32, 128, 8, 1) for dim in (128, 256)},
     ("wgmma", 64): CovarianceLaunch(64, 64, 8, 3),
-    ("wgmma", 128): CovarianceLaunch(32, 64, 4, 2),
+    ("wgmma", 128): CovarianceLaunch(32, 128, 8, 2),
 }
 PYRAMID = {
     **{("", dim): PyramidLaunch(16, 8) for dim in (16, 32, 64, 128, 256)},
     ("wgmma", 64): PyramidLaunch(8, 8),
-    ("wgmma", 128): PyramidLaunch(8, 8),
+    ("wgmma", 128): PyramidLaunch(16, 8, 128),
 }
 # float32 at full precision has no matrix unit on most chips, and takes twice the room
 _FLOAT32 = {ImportanceLaunch: ImportanceLaunch(64, 64, 4, 2), CovarianceLaunch: CovarianceLaunch(32, 64, 8, 1)}

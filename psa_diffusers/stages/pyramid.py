@@ -31,6 +31,8 @@ class Pyramid:
             None without value_tilt.
         finite: ``[B, H]`` bool, whether all keys and values of the head are finite numbers.
         ready: What to wait for before the covariance is read, on a GPU that is still at it.
+        cells: ``[B, H, cells, D]`` mean keys of cells of 16 tokens and ``[B, H, cells]`` their variance (or None): what
+            the kernels' estimate of importance reads, kept where no factor has it.
     """
 
     factors: tuple[int, ...]
@@ -42,6 +44,7 @@ class Pyramid:
     covariance: Tensor | None
     finite: Tensor
     ready: torch.cuda.Event | None = None
+    cells: tuple[Tensor, Tensor | None] | None = None
 
 
 def pooled_rows(lanes: int, factors: tuple[int, ...]) -> tuple[tuple[int, ...], int]:
