@@ -27,10 +27,10 @@ from psa_diffusers.layout import make_layout
 COVER = {1: [0, 0.06], 2: [0.06, 0.1], 4: [0.1, 0.2], 8: [0.2, 0.3], 16: [0.3, 0.4], 32: [0.4, 1]}
 SHAPES = {64: (48, (13, 30, 45), 226), 128: (12, (18, 45, 80), 0)}  # CogVideoX-5B at 480p, Wan 2.1 1.3B at 720p
 TABLES = {
-    "pyramid": (tuning.PYRAMID, {"span": (8, 16), "channels": (4, 8, 16)}),
+    "pyramid": (tuning.PYRAMID, {"span": (8, 16), "channels": (8, 16), "registers": (None, 128, 112, 96)}),
     "covariance": (
         tuning.COVARIANCE,
-        {"tile": (16, 32, 64), "columns": (64, 128), "num_warps": (4, 8), "num_stages": (1, 2, 3)},
+        {"pairs": (16, 32, 64), "cells": (64,), "columns": (64, 128), "num_warps": (4, 8), "num_stages": (1, 2, 3)},
     ),
     "importance": (
         tuning.IMPORTANCE,
@@ -58,7 +58,7 @@ def prepare(kernel, head_dim, dtype):
     preset = PSAPreset(mask_ratios=COVER)
     layout = make_layout(grid, text, True, 128, 128, "gilbert", (2, 8, 8), q.device)
     if kernel == "importance":
-        return lambda: kernels.block_importance(q, k, layout, "pooled_mass", head_dim**-0.5)
+        return lambda: kernels.block_importance(q, k, layout, "pooled_moments", head_dim**-0.5)
     tilt = kernel == "covariance"
     return lambda: kernels.build_pyramid(k, v, layout, preset.factors, key_variance=True, value_tilt=tilt)
 

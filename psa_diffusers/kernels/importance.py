@@ -43,7 +43,12 @@ def block_importance(
     lanes = step if mass else 1
     cells_q, _ = _represent(q, layout.query_rows, step, lanes)
     cells_k, variances = _key_cells(k, layout, step, lanes, moments, pyramid)
-    weights, bias = remember(layout, ("cells", step, lanes), lambda: _cell_weights(layout, step, lanes))
+    if scale < 0:  # the kernel takes the largest product for the largest score
+        cells_q, scale = -cells_q, -scale
+    qk_scale = scale * math.log2(math.e) or 1e-30  # biases are divided by it
+    weights, bias = remember(
+        layout, ("cells", step, lanes, qk_scale), lambda: _cell_weights(layout, step, lanes, qk_scale)
+    )
     spreads = _spreads(q, k, layout, step, scale) if moments else bias
 
     batch, heads, num_q, dim = cells_q.shape
@@ -55,8 +60,6 @@ def block_importance(
     tiles = max(1, min(8, _READ_BACK // blocks))
     work = cdiv(num_q, rows) * batch * heads
     importance = torch.empty(batch, heads, num_blocks_q, num_blocks_k, dtype=torch.float32, device=q.device)
-    log2e = math.log2(math.e)
-    qk_scale = scale * log2e or 1e-30  # the kernel divides by it
     with on_device(q):
         programs = min(work, _programs(q.device))
         room = (programs, cdiv(num_k, columns * tiles) * tiles, rows * (blocks + 1))
@@ -64,7 +67,8 @@ def block_importance(
         _importance_kernel[(programs,)](
             cells_q, cells_k, weights, bias, spreads, variances if moments else bias, importance, scratch,
             cells_k.stride()[:2], variances.stride()[:2] if moments else (0, 0),
-            heads, num_q, num_k, num_blocks_q, num_blocks_k, work, qk_scale, MOMENT_CAP * log2e,
+            heads, num_q, num_k, num_blocks_q, num_blocks_k, work, qk_scale,
+            MOMENT_CAP * math.log2(math.e),
             HEAD_DIM=dim, D_PAD=padded(dim), ROWS=rows, COLUMNS=columns, PER_M=per_m, PER_N=per_n, TILES=tiles,
             MASS=mass, MOMENTS=moments,
             num_warps=launch.num_warps, num_stages=launch.num_stages, enable_fp_fusion=True,
@@ -147,12 +151,12 @@ def _spreads(q: Tensor, k: Tensor, layout: Layout, step: int, scale: float) -> T
     return spreads
 
 
-def _cell_weights(layout: Layout, step: int, lanes: int) -> tuple[Tensor, Tensor]:
-    """Tokens that stand behind each query cell, and log2 of those behind each key cell, float32."""
+def _cell_weights(layout: Layout, step: int, lanes: int, qk_scale: float) -> tuple[Tensor, Tensor]:
+    """Tokens behind each query cell, and the product that adds those behind each key cell to its scores, float32."""
     query_counts, key_counts = (
         (rows.view(-1, step)[:, :lanes] >= 0).sum(1).float() for rows in (layout.query_rows, layout.key_rows)
     )
-    return query_counts, key_counts.log2()
+    return query_counts, key_counts.log2() / qk_scale
 
 
 @triton.jit(do_not_specialize=["num_cells"])
@@ -266,11 +270,11 @@ def _spread_kernel(
 
 @triton.jit(do_not_specialize=["num_q", "num_k", "M", "N", "work"])
 def _importance_kernel(
-    q_ptr, k_ptr, weights_ptr, bias_ptr,           # [B, H, num_q, D] [B, H, num_k, D] [num_q] [num_k]
+    q_ptr, k_ptr, weights_ptr, bias_ptr,           # [B, H, num_q, D] [B, H, num_k, D] [num_q] [num_k]; bias / qk_scale
     spreads_ptr, variances_ptr, out_ptr,           # [B, H, num_q] [B, H, num_k], only with MOMENTS; [B, H, M, N]
     scratch_ptr,                                   # [programs, tiles, ROWS * (BLOCKS + 1)]
     K_STRIDES, VARIANCE_STRIDES,                   # batch, head
-    H, num_q, num_k, M, N, work, qk_scale, cap,    # work = cdiv(num_q, ROWS) * B * H; qk_scale = scale * log2(e)
+    H, num_q, num_k, M, N, work, qk_scale, cap,    # work = cdiv(num_q, ROWS) * B * H; qk_scale = scale * log2(e) > 0
     HEAD_DIM: tl.constexpr, D_PAD: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,     # query cells, key cells of a tile
     PER_M: tl.constexpr, PER_N: tl.constexpr,      # cells a query block, cells a key block
@@ -288,6 +292,7 @@ def _importance_kernel(
     GROUPS: tl.constexpr = ROWS // PER_M  # query blocks
     RECORD: tl.constexpr = ROWS * (BLOCKS + 1)
     row_tiles = tl.cdiv(num_q, ROWS)
+    unit = 1.0 if MOMENTS else qk_scale  # of what b_s holds
     o_d = tl.arange(0, D_PAD)
     # the matrix units leave every fourth pair of columns to a thread: in this order a thread has blocks of its own
     SHARES: tl.constexpr = 4 if BLOCKS > 4 else BLOCKS
@@ -320,14 +325,23 @@ def _importance_kernel(
         b_max = tl.full([ROWS], float("-inf"), tl.float32)
         b_sum = tl.zeros([ROWS], tl.float32)
         record = scratch_ptr
+        # what a column has of its own is looked up a tile ahead: products start from it
+        bias = tl.load(bias_ptr + o_c, mask=o_c < num_k, other=float("-inf"))
+        variance = tl.load(v_head + o_c, mask=o_c < num_k, other=0.0) if MOMENTS else bias
         for t in range(0, num_k, COLUMNS):
-            b_s = _scores(
-                b_q, k_head, bias_ptr, spread, v_head, t + o_c, num_k, o_d, qk_scale, cap, HEAD_DIM, D_PAD, MOMENTS
-            )
-            new_max = tl.maximum(b_max, tl.max(b_s, 1))
+            columns = t + o_c
+            b_k = load_rows(k_head, columns, columns < num_k, HEAD_DIM, o_d, HEAD_DIM, D_PAD)
+            b_s = tl.broadcast_to(bias[None, :], (ROWS, COLUMNS))
+            b_s = tl.dot(b_q, tl.trans(b_k), b_s, input_precision="ieee")
+            if MOMENTS:
+                b_s = b_s * qk_scale + tl.minimum(spread[:, None] * variance[None, :], cap)
+            columns += COLUMNS
+            bias = tl.load(bias_ptr + columns, mask=columns < num_k, other=float("-inf"))
+            variance = tl.load(v_head + columns, mask=columns < num_k, other=0.0) if MOMENTS else bias
+            new_max = tl.maximum(b_max, tl.max(b_s, 1) * unit)
             # finite pivot while a row has seen no key, otherwise -inf - (-inf) = nan
             pivot = tl.where(new_max == float("-inf"), 0.0, new_max)
-            b_p = tl.exp2(b_s - pivot[:, None])
+            b_p = tl.exp2(b_s * unit - pivot[:, None])
             of_rows = tl.reshape(b_p, (ROWS, BLOCKS // SHARES, PER_N // PAIR, SHARES, PAIR))
             of_rows = tl.sum(tl.sum(of_rows, 4), 2) if MASS else tl.max(tl.max(of_rows, 4), 2)
             of_rows = tl.reshape(tl.trans(of_rows, 0, 2, 1), (ROWS, BLOCKS))
@@ -363,22 +377,3 @@ def _importance_kernel(
             )
             record += TILES * RECORD
         tl.debug_barrier()  # before another thread writes what this one still reads
-
-
-@triton.jit
-def _scores(
-    b_q, k_ptr, bias_ptr, spread, variances_ptr, columns, num_k, o_d, qk_scale, cap,
-    HEAD_DIM: tl.constexpr, D_PAD: tl.constexpr, MOMENTS: tl.constexpr,
-):  # fmt: skip
-    """Scores of one tile in base 2, ``[ROWS, COLUMNS]``; -inf where no token stands behind a key cell.
-
-    The product starts from the bias: that takes fewer registers than adding it afterwards.
-    """
-    bias = tl.load(bias_ptr + columns, mask=columns < num_k, other=float("-inf"))
-    b_k = load_rows(k_ptr, columns, columns < num_k, HEAD_DIM, o_d, HEAD_DIM, D_PAD)
-    b_s = tl.broadcast_to((bias / qk_scale)[None, :], (b_q.shape[0], columns.shape[0]))
-    b_s = tl.dot(b_q, tl.trans(b_k), b_s, input_precision="ieee") * qk_scale
-    if MOMENTS:
-        variance = tl.load(variances_ptr + columns, mask=columns < num_k, other=0.0)
-        b_s += tl.minimum(spread[:, None] * variance[None, :], cap)
-    return b_s

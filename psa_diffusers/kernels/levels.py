@@ -79,7 +79,7 @@ def select_levels(
             num_k, layout.video_query_blocks, ranked,
             LEVELS=tuple(factor for factor, _ in levels), FACTORS=tuple(factors), TO_MAP=offsets is None,
             HAS_CAP=cap is not None, HAS_FINITE=finite is not None, SIZE=size, AT_ONCE=counted_at_once(num_k),
-            num_warps=row_warps(size, 1024), enable_fp_fusion=True,
+            num_warps=row_warps(size, 512), enable_fp_fusion=True,
         )  # fmt: skip
 
 
@@ -154,23 +154,19 @@ def _select_kernel(
     key = tl.where(is_ranked, _ordered(tl.where(all_full, 0.0, importance)), -0x80000000)
     highest = tl.max(key, 0)
     lowest = tl.min(tl.where(is_ranked, key, highest), 0)
-    foremost = tl.min(tl.where(key == highest, o_n, SIZE), 0)
-    # a later bound lies below: the search for it begins where the last one ended, and what is above has its factor,
-    # which takes the place of its key and is larger than any: a second row of numbers would take the room of programs
-    FOUND: tl.constexpr = 0x7FFF0000
+    factor = tl.full([SIZE], LEVELS[0], tl.int32)
+    # a later bound lies below: the search for it begins where the last one ended
     end = highest + 1
     above = 0
     for level in range(1, len(LEVELS)):  # not unrolled: the code of all would not fit where instructions are kept
-        bound, finer = 0.0, 0
+        bound, coarser = 0.0, 0
         for i in tl.static_range(1, len(LEVELS)):
             bound = tl.where(level == i, BOUNDS[i - 1], bound)
-            finer = tl.where(level == i, LEVELS[i - 1], finer)
-        inside, end = _largest(key, o_n, bound.to(tl.int32), lowest, num_ranked, end, above)
-        key = tl.where(inside & (key < FOUND), FOUND + finer, key)
-        above = bound.to(tl.int32)
-    factor = tl.where(key >= FOUND, key - FOUND, LEVELS[len(LEVELS) - 1])
+            coarser = tl.where(level == i, LEVELS[i], coarser)
+        inside, end, above = _largest(key, o_n, bound.to(tl.int32), lowest, num_ranked, end, above)
+        factor = tl.where(inside, factor, coarser)
     # the first block is read in full, whatever the levels say
-    factor = tl.where(o_n == foremost, 1, factor)
+    factor = tl.where(o_n == tl.min(tl.where(key == highest, o_n, SIZE), 0), 1, factor)
     if HAS_CAP:
         cap = tl.load(cap_ptr + i_bh * num_blocks + o_n, mask=is_ranked, other=1)
         factor = tl.minimum(factor, cap.to(tl.int32))
@@ -188,8 +184,8 @@ def _largest(key, o_n, count, lowest, total, end, above):
     """Which of ``key`` are the ``count`` largest, of equal ones the first; ``total`` of them are ``lowest`` or more.
 
     Halves the range of the threshold until it parts as many as are wanted, which random numbers need a dozen rounds
-    for, or until it is a single number, which ties need. ``above`` keys, at most ``count``, are ``end`` or more. Also
-    returns an ``end`` for the keys that are left.
+    for, or until it is a single number, which ties need. ``above`` keys, at most ``count``, are ``end`` or more. The
+    same two numbers for the next search, which must not ask for fewer, are returned as well.
     """
     high = end
     low = tl.where(count > above, lowest, high)
@@ -215,7 +211,8 @@ def _largest(key, o_n, count, lowest, total, end, above):
             first = tl.where(enough, first, between)
             last = tl.where(enough, between, last)
         inside = inside & ((key > low) | (o_n < last))
-    return inside, tl.where(reached == count, low, high)
+    is_exact = reached == count
+    return inside, tl.where(is_exact, low, high), tl.where(is_exact, count, above)
 
 
 def counted_at_once(num_blocks: int) -> int:
@@ -233,7 +230,7 @@ def write_lists(level, block_ids_ptr, offsets_ptr, row, FACTORS: tl.constexpr, A
     SIZE: tl.constexpr = level.shape[0]
     offsets_ptr += row * (len(FACTORS) + 1)
     tl.store(offsets_ptr, 0)
-    o_n = tl.arange(0, SIZE)
+    place = tl.full([SIZE], -1, tl.int32)
     start = 0
     for f in tl.static_range(0, len(FACTORS), AT_ONCE):
         one = tl.zeros([SIZE], tl.int32)
@@ -242,14 +239,13 @@ def write_lists(level, block_ids_ptr, offsets_ptr, row, FACTORS: tl.constexpr, A
                 one = tl.where(level == FACTORS[f + i], 1 << (BITS * i), one)
         running = tl.cumsum(one, 0)
         numbers = tl.sum(one, 0)
-        place = tl.full([SIZE], -1, tl.int32)
         for i in tl.static_range(AT_ONCE):
             if f + i < len(FACTORS):
                 rank = (running >> (BITS * i)) & ((1 << BITS) - 1)
                 place = tl.where(level == FACTORS[f + i], start + rank - 1, place)
                 start += (numbers >> (BITS * i)) & ((1 << BITS) - 1)
                 tl.store(offsets_ptr + f + i + 1, start)
-        tl.store(block_ids_ptr + place, o_n.to(block_ids_ptr.dtype.element_ty), mask=place >= 0)
+    tl.store(block_ids_ptr + place, tl.arange(0, SIZE).to(block_ids_ptr.dtype.element_ty), mask=place >= 0)
 
 
 @triton.jit

@@ -14,7 +14,7 @@ from psa_diffusers.layout import Layout
 from psa_diffusers.stages.importance import POOLED_CELL
 from psa_diffusers.stages.pyramid import Pyramid, pooled_rows
 
-_COVARIANCE_ROWS = 4096  # cells a program sums over; a number of the chip's own would change the order of the sums
+_COVARIANCE_ROWS = 4096  # tokens a program sums over; a number of the chip's own would change the order of the sums
 
 
 def build_pyramid(
@@ -57,9 +57,6 @@ def build_pyramid(
     # a tile of spans, so that a thread merges whole spans in its registers
     blocks = max(1, 1024 * span // (block_n * padded(dim)))
     spans = blocks * (block_n // span)
-    if value_tilt:
-        with aside(k):
-            sums = _CovarianceSums(k, v, layout, factors)
     cap = {"maxnreg": launch.registers} if launch.registers else {}
     with on_device(k):
         _pyramid_kernel[(cdiv(num_blocks, blocks), batch * heads)](
@@ -84,7 +81,7 @@ def build_pyramid(
         return pyramid
     # importance and levels do not need it: they are estimated meanwhile
     with aside(k) as done:
-        covariance = sums.finish(keys, values, log_counts)
+        covariance = _covariance(k, v, layout, keys, values, log_counts, factors)
     return replace(pyramid, covariance=covariance, ready=done[0] if done else None)
 
 
@@ -93,70 +90,55 @@ def _log_counts(layout: Layout, factors: tuple[int, ...]) -> Tensor:
     return torch.cat(counts).float().log() if counts else torch.zeros(0, device=layout.key_rows.device)
 
 
-class _CovarianceSums:
-    """Within-cell covariance of keys and values at every factor, in the making.
+def _covariance(
+    k: Tensor, v: Tensor, layout: Layout, keys: Tensor, values: Tensor, log_counts: Tensor, factors: tuple[int, ...]
+) -> Tensor:
+    """Within-cell covariance of keys and values at every factor: ``[B, H, F, D, D]`` float32.
 
     By the law of total covariance, what a factor adds to the factor before it is the covariance of that one's cells
     within its own cells: tokens are read for the first pooled factor only, then cells. Each program sums over its part
     of the cells, and the parts are added in a fixed order.
-
-    Pairs of tokens need no mean: if the first pooled factor is 2, their sums are launched at once, beside the pyramid.
     """
+    batch, heads, tokens, dim = k.shape
+    covariance = torch.empty(batch, heads, len(factors), dim, dim, dtype=torch.float32, device=k.device)
+    if len(factors) == 1:
+        return covariance.zero_()
+    num_lanes = layout.key_rows.shape[0]
+    steps = [coarse // fine for fine, coarse in pairwise(factors)]  # fine cells in a coarse one
+    # there are fewer cells than tokens: shorter parts keep the chip busy
+    cells = [_COVARIANCE_ROWS, *(_COVARIANCE_ROWS // (2 if step == 2 else 4) for step in steps[1:])]
+    splits = [cdiv(num_lanes // fine, part) for fine, part in zip(factors[:-1], cells, strict=True)]
+    ends = remember(layout, ("splits", factors), lambda: torch.tensor(splits).cumsum(0).int().to(k.device))
+    tuned = launch_of(COVARIANCE, dim, k.element_size(), k.device)
+    columns = min(padded(dim), tuned.columns)
+    panels = padded(dim) // columns
+    parts = torch.empty(sum(splits), batch * heads, dim, dim, dtype=torch.float32, device=k.device)
 
-    def __init__(self, k: Tensor, v: Tensor, layout: Layout, factors: tuple[int, ...]) -> None:
-        batch, heads, _, dim = k.shape
-        self.k, self.v, self.layout, self.factors = k, v, layout, factors
-        self.steps = [coarse // fine for fine, coarse in pairwise(factors)]  # fine cells in a coarse one
-        self.splits = [cdiv(layout.key_rows.shape[0] // factor, _COVARIANCE_ROWS) for factor in factors[:-1]]
-        self.parts = torch.empty(sum(self.splits), batch * heads, dim, dim, dtype=torch.float32, device=k.device)
-        self.is_begun = self.steps[:1] == [2]
-        if self.is_begun:
-            self._launch(1, 1, k, v, k)
+    def launch(first: int, last: int) -> None:
+        step = steps[first - 1]
+        tile = tuned.pairs if step == 2 else tuned.cells
+        _covariance_kernel[(splits[first - 1] * panels, last - first + 1, batch * heads)](
+            k, v, layout.key_rows, keys, values, log_counts, parts, ends,
+            head_strides(k), head_strides(v), heads, num_lanes, keys.shape[2], pack_factors(factors), first,
+            HEAD_DIM=dim, D_PAD=padded(dim), TILE=tile, COLUMNS=columns, PANELS=panels,
+            CELLS=cells[first - 1], FROM_TOKENS=first == 1, PAIRS=step == 2, ONE_MEAN=step >= tile,
+            num_warps=tuned.num_warps, num_stages=tuned.num_stages, enable_fp_fusion=True,
+        )  # fmt: skip
 
-    def finish(self, keys: Tensor, values: Tensor, log_counts: Tensor) -> Tensor:
-        """The covariance ``[B, H, F, D, D]`` float32, given the pyramid."""
-        k, factors, steps = self.k, self.factors, self.steps
-        batch, heads, tokens, dim = k.shape
-        covariance = torch.empty(batch, heads, len(factors), dim, dim, dtype=torch.float32, device=k.device)
-        if len(factors) == 1:
-            return covariance.zero_()
-        if not self.is_begun:
-            self._launch(1, 1, keys, values, log_counts)
+    with on_device(k):
+        launch(1, 1)
         # runs of factors that step alike, in one launch each
         first = 2
         while first < len(factors):
             last = first
             while last + 1 < len(factors) and steps[last] == steps[first - 1]:
                 last += 1
-            self._launch(first, last, keys, values, log_counts)
+            launch(first, last)
             first = last + 1
-        with on_device(k):
-            _add_parts_kernel[(cdiv(dim * dim, 512), batch * heads)](
-                self.parts, self._ends(), covariance, dim * dim, 1 / tokens,
-                F=len(factors), SIZE=512, num_warps=4, enable_fp_fusion=True,
-            )  # fmt: skip
-        return covariance
-
-    def _launch(self, first: int, last: int, keys: Tensor, values: Tensor, log_counts: Tensor) -> None:
-        k, v, layout, step = self.k, self.v, self.layout, self.steps[first - 1]
-        batch, heads, _, dim = k.shape
-        tuned = launch_of(COVARIANCE, dim, k.element_size(), k.device)
-        columns = min(padded(dim), tuned.columns)
-        panels = padded(dim) // columns
-        with on_device(k):
-            _covariance_kernel[(self.splits[first - 1] * panels, last - first + 1, batch * heads)](
-                k, v, layout.key_rows, keys, values, log_counts, self.parts, self._ends(),
-                head_strides(k), head_strides(v), heads, layout.key_rows.shape[0], keys.shape[2],
-                pack_factors(self.factors), first,
-                HEAD_DIM=dim, D_PAD=padded(dim), TILE=tuned.tile, COLUMNS=columns, PANELS=panels,
-                CELLS=_COVARIANCE_ROWS, FROM_TOKENS=first == 1, PAIRS=step == 2, ONE_MEAN=step >= tuned.tile,
-                num_warps=tuned.num_warps, num_stages=tuned.num_stages, enable_fp_fusion=True,
-            )  # fmt: skip
-
-    def _ends(self) -> Tensor:
-        """Where the parts of each factor end."""
-        made = lambda: torch.tensor(self.splits).cumsum(0).int().to(self.k.device)  # noqa: E731
-        return remember(self.layout, ("splits", self.factors), made)
+        _add_parts_kernel[(cdiv(dim * dim, 512), batch * heads)](
+            parts, ends, covariance, dim * dim, 1 / tokens, F=len(factors), SIZE=512, num_warps=4, enable_fp_fusion=True
+        )
+    return covariance
 
 
 @triton.jit(do_not_specialize=["num_blocks", "num_rows"])
@@ -349,17 +331,19 @@ def _covariance_kernel(
                 k1, v1, n1 = _cells(cell, stop, source, o_d, o_c, HEAD_DIM, D_PAD, COLUMNS, FROM_TOKENS)
                 k2, v2, n2 = _cells(cell + 1, stop, source, o_d, o_c, HEAD_DIM, D_PAD, COLUMNS, FROM_TOKENS)
                 weight = n1 * n2 / tl.maximum(n1 + n2, 1e-6)
-                away_k = k1 - k2
-                away_v = v1 - v2
+                away_k = k1.to(tl.float32) - k2.to(tl.float32)
+                away_v = v1.to(tl.float32) - v2.to(tl.float32)
             else:
                 k1, v1, weight = _cells(t + o_t, stop, source, o_d, o_c, HEAD_DIM, D_PAD, COLUMNS, FROM_TOKENS)
                 cell = t + (tl.arange(0, 1) if ONE_MEAN else o_t)
                 coarse = base_coarse + (cell >> (log2_coarse - log2_fine))
-                away_k = k1 - load_rows(keys_ptr, coarse, cell < stop, HEAD_DIM, o_d, HEAD_DIM, D_PAD)
-                away_v = v1 - load_rows(values_ptr, coarse, cell < stop, HEAD_DIM, o_c, HEAD_DIM, COLUMNS)
+                mean_k = load_rows(keys_ptr, coarse, cell < stop, HEAD_DIM, o_d, HEAD_DIM, D_PAD)
+                mean_v = load_rows(values_ptr, coarse, cell < stop, HEAD_DIM, o_c, HEAD_DIM, COLUMNS)
+                away_k = k1.to(tl.float32) - mean_k.to(tl.float32)
+                away_v = v1.to(tl.float32) - mean_v.to(tl.float32)
             # the weight goes to the values: what is transposed is cheaper to make where it is loaded
-            away_v = tl.where(weight[:, None] > 0, away_v.to(tl.float32) * weight[:, None], 0.0).to(k1.dtype)
-            total = tl.dot(tl.trans(away_k), away_v, total, input_precision="ieee")
+            away_v = tl.where(weight[:, None] > 0, away_v * weight[:, None], 0.0).to(k1.dtype)
+            total = tl.dot(tl.trans(away_k.to(k1.dtype)), away_v, total, input_precision="ieee")
         total *= (1 << log2_fine).to(tl.float32)
 
         start = 0

@@ -90,13 +90,15 @@ class ImportanceLaunch:
 @dataclass(frozen=True)
 class CovarianceLaunch:
     """Attributes:
-    tile: Pairs of cells (or cells) an iteration.
+    pairs: Pairs of cells an iteration, where a coarse cell is two fine ones.
+    cells: Cells an iteration, where it is more.
     columns: Channels of the values a program, at most.
     num_warps: Warps a program.
     num_stages: Iterations in flight.
     """
 
-    tile: int
+    pairs: int
+    cells: int
     columns: int
     num_warps: int
     num_stages: int
@@ -124,10 +126,10 @@ IMPORTANCE = {
     ("wgmma", 128): ImportanceLaunch(128, 128, 4, 2),
 }
 COVARIANCE = {
-    **{("", dim): CovarianceLaunch(64, 128, 4, 1) for dim in (16, 32, 64)},
-    **{("", dim): CovarianceLaunch(32, 128, 8, 1) for dim in (128, 256)},
-    ("wgmma", 64): CovarianceLaunch(64, 64, 8, 3),
-    ("wgmma", 128): CovarianceLaunch(32, 128, 8, 2),
+    **{("", dim): CovarianceLaunch(64, 64, 128, 4, 1) for dim in (16, 32, 64)},
+    **{("", dim): CovarianceLaunch(32, 32, 128, 8, 1) for dim in (128, 256)},
+    ("wgmma", 64): CovarianceLaunch(64, 128, 64, 8, 2),
+    ("wgmma", 128): CovarianceLaunch(32, 64, 128, 8, 2),
 }
 PYRAMID = {
     **{("", dim): PyramidLaunch(16, 8) for dim in (16, 32, 64, 128, 256)},
@@ -135,7 +137,11 @@ PYRAMID = {
     ("wgmma", 128): PyramidLaunch(16, 8, 128),
 }
 # float32 at full precision has no matrix unit on most chips, and takes twice the room
-_FLOAT32 = {ImportanceLaunch: ImportanceLaunch(64, 64, 4, 2), CovarianceLaunch: CovarianceLaunch(32, 64, 8, 1)}
+_FLOAT32 = {
+    ImportanceLaunch: ImportanceLaunch(64, 64, 4, 2),
+    CovarianceLaunch: CovarianceLaunch(32, 32, 64, 8, 1),
+    PyramidLaunch: PyramidLaunch(8, 8),
+}
 
 
 def launch_of(table: dict, head_dim: int, itemsize: int, device: torch.device):
