@@ -41,11 +41,14 @@ def all_launches(monkeypatch, head_dim, unit):
         schedule = kernels.plan_blocks(scores, layout, *rule, cap=cap, finite=pyramid.finite)
         kernels.attend(q, k, v, pyramid, schedule, layout, scale=0.1, variance_cap=4.0)
 
-    def both():
+    def everything():
         run("pooled_moments", "topk", True)
         run("sampled_max", "thresholdbound", False)
+        layout = flat_layout(k.shape[2], 128, 128, k.device)
+        for factors in ((1, 4, 16, 64), (1, 128)):  # what the presets step by: other covariances, other cells kept
+            kernels.build_pyramid(k, v, layout, factors, key_variance=True, value_tilt=True)
 
-    return record_launches(monkeypatch, both)
+    return record_launches(monkeypatch, everything)
 
 
 @pytest.mark.parametrize("head_dim", [64, 128])

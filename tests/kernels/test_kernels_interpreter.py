@@ -152,14 +152,16 @@ def test_broken_numbers_come_out_where_dense_attention_has_them(name, value, rng
     assert torch.equal(out.isnan(), dense.isnan())
 
 
+# pairs and steps of four and eight; four and sixteen; all tokens of a block at once
+@pytest.mark.parametrize("factors", [(1, 2, 8, 64), (1, 4, 64), (1, 64)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_pyramid_is_that_of_the_stage(dtype, rng):
+def test_pyramid_is_that_of_the_stage(dtype, factors, rng):
     from psa_diffusers import kernels
 
     _, k, v = random_qkv(rng, 1, 2, 150, 24, dtype=dtype)
     layout = make_layout((2, 7, 10), 10, True, 32, 64, "gilbert", (2, 8, 8), CPU)
     terms = {"key_variance": True, "value_tilt": True}
-    ours, theirs = (column.build_pyramid(k, v, layout, (1, 2, 8, 64), **terms) for column in (kernels, stages))
+    ours, theirs = (column.build_pyramid(k, v, layout, factors, **terms) for column in (kernels, stages))
     assert ours.bases == theirs.bases
     real = torch.isfinite(theirs.log_counts)
     torch.testing.assert_close(ours.log_counts[real], theirs.log_counts[real])
@@ -225,16 +227,17 @@ def test_gain_of_the_tilt_ignores_what_is_not_finite(name, rng):
     torch.testing.assert_close(ours.covariance, theirs.covariance, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("pooled", [False, True], ids=["tokens", "pyramid"])
+@pytest.mark.parametrize("factors", [None, (1, 2, 16), (1, 2)], ids=["tokens", "a factor of 16", "cells of 16"])
 @pytest.mark.parametrize("method", ["pooled_mass", "pooled_moments", "sampled_max"])
 @pytest.mark.parametrize(("m", "n"), [(32, 32), (64, 16), (16, 128)])
-def test_importance_is_the_definition(method, m, n, pooled, rng):
+def test_importance_is_the_definition(method, m, n, factors, rng):
     from psa_diffusers import kernels
 
     q, k, v = random_qkv(rng, 1, 2, 150, 16)
     layout = make_layout((2, 7, 10), 10, True, m, n, "raster", (1, 1, 1), CPU)
     truth = oracle.oracle_importance(q, k, method, m, n, order=[*range(10, 150), *range(10)], segments=[140, 10])
-    pyramid = kernels.build_pyramid(k, v, layout, (1, 2, 16), key_variance=True) if pooled else None
+    pyramid = kernels.build_pyramid(k, v, layout, factors, key_variance=True) if factors else None
+    assert factors != (1, 2) or pyramid.cells is not None
     actual = kernels.block_importance(q, k, layout, method, 0.25, pyramid)
     torch.testing.assert_close(actual.double(), truth, rtol=1e-5, atol=1e-6)  # a few roundings of float32
 
@@ -254,6 +257,15 @@ def test_importance_is_that_of_the_stage_whatever_the_number_of_programs(method,
     assert torch.isnan(ours).any(-1).sum() == torch.isnan(ours).all(-1).sum() == 1
     torch.testing.assert_close(ours, stages.block_importance(q, k, layout, method, 0.25), equal_nan=True)
     assert torch.equal(ours.nan_to_num(-1), other.nan_to_num(-1))
+
+
+@pytest.mark.parametrize("method", ["pooled_mass", "pooled_moments", "sampled_max"])
+def test_a_negative_scale_is_that_of_negative_queries(method, rng):
+    from psa_diffusers import kernels
+
+    q, k, _ = random_qkv(rng, 1, 2, 150, 16)
+    layout = flat_layout(150, 32, 32, CPU)
+    assert torch.equal(*(kernels.block_importance(s * q, k, layout, method, s * 0.25) for s in (1, -1)))
 
 
 @pytest.mark.parametrize("method", ["pooled_mass", "pooled_moments"])
