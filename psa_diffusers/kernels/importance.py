@@ -45,16 +45,16 @@ def block_importance(
     cells_k, variances = _key_cells(k, layout, step, lanes, moments, pyramid)
     if scale < 0:  # the kernel takes the largest product for the largest score
         cells_q, scale = -cells_q, -scale
-    qk_scale = scale * math.log2(math.e) or 1e-30  # biases are divided by it
-    weights, bias = remember(
-        layout, ("cells", step, lanes, qk_scale), lambda: _cell_weights(layout, step, lanes, qk_scale)
-    )
+    qk_scale = max(scale * math.log2(math.e), 1e-30)  # biases are divided by it
+    weights, bias = remember(layout, ("cells", step, lanes), lambda: _cell_weights(layout, step, lanes))
     spreads = _spreads(q, k, layout, step, scale) if moments else bias
 
     batch, heads, num_q, dim = cells_q.shape
     num_blocks_q, num_blocks_k = layout.num_query_blocks, layout.num_key_blocks
     per_m, per_n = layout.block_m // step, layout.block_n // step
-    launch = launch_of(IMPORTANCE, dim, q.element_size(), q.device)
+    # a chip's own row is of key blocks of 64 and more: of smaller ones a thread would keep too many sums
+    general = IMPORTANCE["", padded(dim)]
+    launch = launch_of(IMPORTANCE, dim, q.element_size(), q.device) if layout.block_n >= 64 else general
     rows, columns = max(launch.rows, per_m), max(launch.columns, per_n)
     num_k, blocks = cells_k.shape[2], columns // per_n
     tiles = max(1, min(8, _READ_BACK // blocks))
@@ -151,12 +151,12 @@ def _spreads(q: Tensor, k: Tensor, layout: Layout, step: int, scale: float) -> T
     return spreads
 
 
-def _cell_weights(layout: Layout, step: int, lanes: int, qk_scale: float) -> tuple[Tensor, Tensor]:
-    """Tokens behind each query cell, and the product that adds those behind each key cell to its scores, float32."""
+def _cell_weights(layout: Layout, step: int, lanes: int) -> tuple[Tensor, Tensor]:
+    """Tokens behind each query cell, and log2 of those behind each key cell, float32."""
     query_counts, key_counts = (
         (rows.view(-1, step)[:, :lanes] >= 0).sum(1).float() for rows in (layout.query_rows, layout.key_rows)
     )
-    return query_counts, key_counts.log2() / qk_scale
+    return query_counts, key_counts.log2()
 
 
 @triton.jit(do_not_specialize=["num_cells"])
@@ -270,7 +270,7 @@ def _spread_kernel(
 
 @triton.jit(do_not_specialize=["num_q", "num_k", "M", "N", "work"])
 def _importance_kernel(
-    q_ptr, k_ptr, weights_ptr, bias_ptr,           # [B, H, num_q, D] [B, H, num_k, D] [num_q] [num_k]; bias / qk_scale
+    q_ptr, k_ptr, weights_ptr, bias_ptr,           # [B, H, num_q, D] [B, H, num_k, D] [num_q] [num_k]
     spreads_ptr, variances_ptr, out_ptr,           # [B, H, num_q] [B, H, num_k], only with MOMENTS; [B, H, M, N]
     scratch_ptr,                                   # [programs, tiles, ROWS * (BLOCKS + 1)]
     K_STRIDES, VARIANCE_STRIDES,                   # batch, head
@@ -293,6 +293,7 @@ def _importance_kernel(
     RECORD: tl.constexpr = ROWS * (BLOCKS + 1)
     row_tiles = tl.cdiv(num_q, ROWS)
     unit = 1.0 if MOMENTS else qk_scale  # of what b_s holds
+    one_over_scale = 1.0 / qk_scale
     o_d = tl.arange(0, D_PAD)
     # the matrix units leave every fourth pair of columns to a thread: in this order a thread has blocks of its own
     SHARES: tl.constexpr = 4 if BLOCKS > 4 else BLOCKS
@@ -326,7 +327,7 @@ def _importance_kernel(
         b_sum = tl.zeros([ROWS], tl.float32)
         record = scratch_ptr
         # what a column has of its own is looked up a tile ahead: products start from it
-        bias = tl.load(bias_ptr + o_c, mask=o_c < num_k, other=float("-inf"))
+        bias = tl.load(bias_ptr + o_c, mask=o_c < num_k, other=float("-inf")) * one_over_scale
         variance = tl.load(v_head + o_c, mask=o_c < num_k, other=0.0) if MOMENTS else bias
         for t in range(0, num_k, COLUMNS):
             columns = t + o_c
@@ -336,7 +337,7 @@ def _importance_kernel(
             if MOMENTS:
                 b_s = b_s * qk_scale + tl.minimum(spread[:, None] * variance[None, :], cap)
             columns += COLUMNS
-            bias = tl.load(bias_ptr + columns, mask=columns < num_k, other=float("-inf"))
+            bias = tl.load(bias_ptr + columns, mask=columns < num_k, other=float("-inf")) * one_over_scale
             variance = tl.load(v_head + columns, mask=columns < num_k, other=0.0) if MOMENTS else bias
             new_max = tl.maximum(b_max, tl.max(b_s, 1) * unit)
             # finite pivot while a row has seen no key, otherwise -inf - (-inf) = nan

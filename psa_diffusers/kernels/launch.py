@@ -94,7 +94,7 @@ def pack_factors(factors: tuple[int, ...]) -> int:
 def load_rows(base_ptr, rows, mask, stride, channels, D: tl.constexpr, C: tl.constexpr):
     """Rows ``[R, C]`` of a matrix with D columns; what is masked, and channels past D, are 0 and not read."""
     mask = mask[:, None]
-    # `channels` are C of them from a multiple of C: where D is a multiple too, none is past D
+    # `channels` are C of them from a multiple of C below D: where D is a multiple too, none is past D
     if D % C != 0:
         mask = mask & (channels < D)[None, :]
     # int64 before it meets a stride: tokens x heads x channels passes 2**31

@@ -57,7 +57,8 @@ def build_pyramid(
     # a tile of spans, so that a thread merges whole spans in its registers
     blocks = max(1, 1024 * span // (block_n * padded(dim)))
     spans = blocks * (block_n // span)
-    cap = {"maxnreg": launch.registers} if launch.registers else {}
+    # smaller blocks have wider tiles of neighbours, for which so few do not suffice
+    cap = {"maxnreg": launch.registers} if launch.registers and block_n >= 128 else {}
     with on_device(k):
         _pyramid_kernel[(cdiv(num_blocks, blocks), batch * heads)](
             k, v, layout.key_rows, tuple(keys if x is None else x for x in outputs), finite,
@@ -111,7 +112,7 @@ def _covariance(
     ends = remember(layout, ("splits", factors), lambda: torch.tensor(splits).cumsum(0).int().to(k.device))
     tuned = launch_of(COVARIANCE, dim, k.element_size(), k.device)
     columns = min(padded(dim), tuned.columns)
-    panels = padded(dim) // columns
+    panels = cdiv(dim, columns)
     parts = torch.empty(sum(splits), batch * heads, dim, dim, dtype=torch.float32, device=k.device)
 
     def launch(first: int, last: int) -> None:
@@ -127,11 +128,12 @@ def _covariance(
 
     with on_device(k):
         launch(1, 1)
-        # runs of factors that step alike, in one launch each
+        # runs of factors that one kernel does for, in one launch each
+        kinds = [(step == 2, step >= tuned.cells) for step in steps]
         first = 2
         while first < len(factors):
             last = first
-            while last + 1 < len(factors) and steps[last] == steps[first - 1]:
+            while last + 1 < len(factors) and kinds[last] == kinds[first - 1]:
                 last += 1
             launch(first, last)
             first = last + 1
@@ -162,11 +164,11 @@ def _pyramid_kernel(
     v_ptr += (i_bh // H) * V_STRIDES[0] + (i_bh % H) * V_STRIDES[1]
     first = tl.program_id(0) * (BLOCKS * BLOCK_N)
     num_lanes = num_blocks * BLOCK_N
-    rows = i_bh * num_rows
-    out = (out[0] + rows * HEAD_DIM, out[1] + rows * HEAD_DIM, out[2] + rows, out[3], out[4])
+    before = i_bh * num_rows  # cells of other heads
+    out = (out[0] + before * HEAD_DIM, out[1] + before * HEAD_DIM, out[2] + before, out[3], out[4])
     if CELL:
-        rows = i_bh * (num_lanes // CELL)
-        out = (out[0], out[1], out[2], out[3] + rows * HEAD_DIM, out[4] + rows)
+        before = i_bh * (num_lanes // CELL)
+        out = (out[0], out[1], out[2], out[3] + before * HEAD_DIM, out[4] + before)
     o_d = tl.arange(0, D_PAD)
     lane = first + tl.arange(0, SPANS) * SPAN
     inside = lane < num_lanes
@@ -220,7 +222,7 @@ def _pyramid_kernel(
 
     # what is wider than a span: neighbours in the tile
     for level in tl.static_range(1, 16):
-        if (1 << level) > SPAN and (1 << level) <= BLOCK_N and ((FACTORS | CELL) >> level):
+        if (1 << level) > SPAN and ((FACTORS | CELL) >> level):
             k, v, n, s = _merge_neighbours(k, v, n, s, BLOCKS * BLOCK_N >> level, D_PAD, KEY_VARIANCE)
             start = first + (tl.arange(0, BLOCKS * BLOCK_N >> level) << level)
             _keep(

@@ -42,7 +42,7 @@ def fit_tilt(pyramid: Pyramid, q: Tensor, k: Tensor, v: Tensor, layout: Layout, 
         parts = torch.empty(_SPLITS, batch * heads, dim, dim, dtype=torch.float32, device=k.device)
         sums = torch.empty(batch * heads, tiles, 2, dtype=torch.float32, device=k.device)
         covariance = torch.empty_like(pyramid.covariance)
-        _sample_kernel[(_SPLITS * (size // columns), batch * heads)](
+        _sample_kernel[(_SPLITS * cdiv(dim, columns), batch * heads)](
             k, v, layout.key_rows, parts, head_strides(k), head_strides(v), heads, num_blocks,
             HEAD_DIM=dim, D_PAD=size, COLUMNS=columns, BLOCK_N=block_n, TILE=tile, STRIDE=GAIN_BLOCK_STRIDE,
             SPLITS=_SPLITS, num_warps=8 if size >= 128 else 4, num_stages=1, enable_fp_fusion=True,

@@ -64,6 +64,29 @@ def test_every_kernel_compiles_fits_and_spills_nothing(capability, head_dim, mon
         assert used["stack"] == 0, f"{launch.name} spills: {used}"
 
 
+@pytest.mark.parametrize("block", [16, 32, 64])
+def test_planning_with_small_blocks_spills_nothing_on_hopper(block, monkeypatch, tmp_path):
+    """A short video gets smaller blocks than its preset names: `PSAPreset.for_video`."""
+    from psa_diffusers import kernels
+    from psa_diffusers.kernels import tuning
+
+    monkeypatch.setattr(tuning, "matrix_unit", lambda device: "wgmma")
+    k = torch.zeros(1, 4096, 2, 128, dtype=torch.bfloat16).transpose(1, 2)
+    layout = flat_layout(4096, max(32, block), block, k.device)
+
+    def run():
+        for factors in ((1, 2, 4, 8, 16), (1, 4, 16), (1, block)):
+            pyramid = kernels.build_pyramid(k, k, layout, factors, key_variance=True, value_tilt=True)
+        for method in ("pooled_mass", "pooled_moments", "sampled_max"):
+            kernels.block_importance(k, k, layout, method, 0.1, pyramid)
+
+    launches = record_launches(monkeypatch, run)
+    assert {"pyramid_kernel", "covariance_kernel", "importance_kernel"} <= {launch.name for launch in launches}
+    for launch in launches:
+        used = resources(launch.compile(GPUTarget("cuda", 90, 32)), tmp_path)
+        assert used["stack"] == 0, f"{launch.name} spills: {used}"
+
+
 @pytest.mark.parametrize("num_blocks", [1024, 4096])
 def test_the_selection_spills_nothing_on_long_rows(num_blocks, monkeypatch, tmp_path):
     from psa_diffusers import kernels

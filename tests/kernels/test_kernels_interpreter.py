@@ -3,7 +3,10 @@
 bfloat16 is left to a GPU: the interpreter computes noise in it.
 """
 
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import oracle
 import pytest
@@ -174,6 +177,24 @@ def test_pyramid_is_that_of_the_stage(dtype, factors, rng):
     assert torch.equal(ours.finite, theirs.finite)
 
 
+@pytest.mark.parametrize("unit", ["mma", "wgmma"])
+def test_covariances_of_many_parts_are_those_of_the_stage(unit, rng, monkeypatch):
+    """Parts of each factor, pairs of tokens and of cells, and two wider steps that share a launch."""
+    from psa_diffusers import kernels
+    from psa_diffusers.kernels import pyramid, tuning
+
+    monkeypatch.setattr(tuning, "matrix_unit", lambda device: unit)
+    monkeypatch.setattr(pyramid, "_COVARIANCE_ROWS", 512)
+    _, k, v = random_qkv(rng, 1, 2, 1500, 24, dtype=torch.float16)
+    layout = flat_layout(1500, 64, 64, CPU)
+    ours, theirs = (
+        column.build_pyramid(k, v, layout, (1, 2, 4, 16, 64), value_tilt=True).covariance
+        for column in (kernels, stages)
+    )
+    precision = 8 * torch.finfo(k.dtype).eps  # the kernel's products take factors of the dtype of k and v
+    torch.testing.assert_close(ours, theirs, rtol=precision, atol=precision)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize(("m", "n", "dim"), [(32, 16, 24), (128, 128, 16)])
 def test_gain_of_the_tilt_is_the_definition(m, n, dim, dtype, rng):
@@ -268,15 +289,44 @@ def test_a_negative_scale_is_that_of_negative_queries(method, rng):
     assert torch.equal(*(kernels.block_importance(s * q, k, layout, method, s * 0.25) for s in (1, -1)))
 
 
+@pytest.mark.parametrize("scale", [0.0, 1e-40, -1e-46])
 @pytest.mark.parametrize("method", ["pooled_mass", "pooled_moments"])
-def test_with_a_scale_of_zero_a_block_weighs_what_it_has_of_the_tokens(method, rng):
+def test_with_no_scale_a_block_weighs_what_it_has_of_the_tokens(method, scale, rng):
     from psa_diffusers import kernels
 
     q, k, _ = random_qkv(rng, 1, 1, 150, 16)
     layout = flat_layout(150, 32, 32, CPU)
-    ours = kernels.block_importance(q, k, layout, method, 0.0)
+    ours = kernels.block_importance(q, k, layout, method, scale)
     shares = torch.tensor([32, 32, 32, 32, 22]) / 150
     torch.testing.assert_close(ours, shares.expand_as(ours), rtol=1e-5, atol=1e-6)  # a few roundings of float32
+
+
+@pytest.mark.parametrize("method", ["pooled_mass", "pooled_moments", "sampled_max"])
+def test_another_scale_leaves_nothing_behind(method, rng):
+    """What is remembered of a layout outlives the call: it must not grow with what a user varies."""
+    from psa_diffusers import kernels
+    from psa_diffusers.kernels import launch
+
+    q, k, _ = random_qkv(rng, 1, 1, 64, 16)
+    layout = flat_layout(64, 32, 32, CPU)
+    kernels.block_importance(q, k, layout, method, 0.25)
+    before = set(launch._KNOWN[layout])
+    kernels.block_importance(q, k, layout, method, 0.5)
+    assert set(launch._KNOWN[layout]) == before
+
+
+@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize("method", ["pooled_mass", "pooled_moments", "sampled_max"])
+def test_importance_in_the_tiles_of_hopper_is_that_of_the_stage(method, dim, rng, monkeypatch):
+    from psa_diffusers import kernels
+    from psa_diffusers.kernels import tuning
+
+    monkeypatch.setattr(tuning, "matrix_unit", lambda device: "wgmma")
+    q, k, _ = random_qkv(rng, 1, 1, 700, dim, dtype=torch.float16)
+    layout = flat_layout(700, 64, 64, CPU)
+    ours, theirs = (column.block_importance(q, k, layout, method, dim**-0.5) for column in (kernels, stages))
+    # a channel of a cell may round either way
+    torch.testing.assert_close(ours, theirs, rtol=8 * torch.finfo(q.dtype).eps, atol=1e-6)
 
 
 def test_the_shape_of_the_keys_is_that_of_all_of_them(rng):
@@ -316,6 +366,7 @@ EDGES = (
     ((1, 1.0),),
     ((8, 0.5), (0, 1.0)),
     ((1, 0.001), (2, 0.002), (16, 1.0)),
+    ((1, 0.25), (2, 0.26), (8, 1.0)),  # of 17 blocks both end at the fourth
 )
 
 
@@ -413,6 +464,17 @@ def test_the_longest_rows(rng):
         )
 
 
+@pytest.mark.parametrize("N", [1023, 1024])
+def test_a_factor_may_have_all_blocks_of_a_row(N):
+    """Counts of several factors share a number: that of one fills its share, and must not run into the next."""
+    from psa_diffusers import kernels
+
+    for factor in (1, 4, 16):
+        level_map = torch.full((1, 1, 1, N), factor, dtype=torch.int16)
+        ours, theirs = (column.make_schedule(level_map, (1, 4, 16), 16) for column in (kernels, stages))
+        assert_same_lists(ours, theirs)
+
+
 def test_rows_that_are_too_long_are_refused():
     from psa_diffusers import kernels
     from psa_diffusers.kernels.levels import MAX_BLOCKS
@@ -450,3 +512,10 @@ def test_schedule_is_that_of_the_stage(rng):
     ours, theirs = (column.make_schedule(level_map, (1, 4, 8), 16) for column in (kernels, stages))
     assert_same_lists(ours, theirs)
     assert torch.equal(ours.to_level_map(), level_map)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the walls around tensors are those of Linux")
+def test_nothing_is_read_or_written_out_of_bounds():
+    script = Path(__file__).with_name("memcheck.py")
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
