@@ -10,7 +10,8 @@ torch stages on some blocks of queries, both to rounding; for a wrong answer no 
 calls of psa_attention, planning (pyramid, importance, levels, schedule) included. Density is what was executed, text
 included; a mix whose density would be above --density reads fewer blocks finely. The error is the relative L1 error of
 the output against dense attention on these inputs. Extra memory is what a call needs beyond q, k and v, its result
-included.
+included. On a GPU a line also has the time of each stage alone, and the share of planning, which is everything up to
+where attention can begin, timed within whole calls.
 """
 
 import argparse

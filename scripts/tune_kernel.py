@@ -30,7 +30,13 @@ TABLES = {
     "pyramid": (tuning.PYRAMID, {"span": (8, 16), "channels": (8, 16), "registers": (None, 128, 112, 96)}),
     "covariance": (
         tuning.COVARIANCE,
-        {"pairs": (16, 32, 64), "cells": (64,), "columns": (64, 128), "num_warps": (4, 8), "num_stages": (1, 2, 3)},
+        {
+            "pairs": (16, 32, 64),
+            "cells": (32, 64, 128),
+            "columns": (64, 128),
+            "num_warps": (4, 8),
+            "num_stages": (1, 2, 3),
+        },
     ),
     "importance": (
         tuning.IMPORTANCE,
@@ -55,12 +61,13 @@ def prepare(kernel, head_dim, dtype):
         torch.randn(1, tokens, heads, head_dim, device="cuda", dtype=dtype, generator=generator).transpose(1, 2)
         for _ in range(3)
     )
-    preset = PSAPreset(mask_ratios=COVER)
+    # pairs of cells, and wider steps
+    factors = (1, 2, 4, 16, 64) if kernel == "covariance" else PSAPreset(mask_ratios=COVER).factors
     layout = make_layout(grid, text, True, 128, 128, "gilbert", (2, 8, 8), q.device)
     if kernel == "importance":
         return lambda: kernels.block_importance(q, k, layout, "pooled_moments", head_dim**-0.5)
     tilt = kernel == "covariance"
-    return lambda: kernels.build_pyramid(k, v, layout, preset.factors, key_variance=True, value_tilt=tilt)
+    return lambda: kernels.build_pyramid(k, v, layout, factors, key_variance=True, value_tilt=tilt)
 
 
 def result(kernel, out):

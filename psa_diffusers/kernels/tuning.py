@@ -1,7 +1,8 @@
 """How to launch each kernel on which chip: a table, so that the first call costs nothing and every run does the same.
 
-Every row compiles, fits the shared memory of every chip of its class and spills no registers
-(tests/kernels/test_kernels_compile.py). Where a row was measured against others, it says so.
+Every row compiles, fits the shared memory of every chip of its class and, with blocks of 128, spills no registers
+(tests/kernels/test_kernels_compile.py; on Hopper smaller blocks spill none either, on other chips a few bytes). Where a
+row was measured against others, it says so.
 """
 
 from dataclasses import dataclass
@@ -118,7 +119,8 @@ class PyramidLaunch:
 
 
 # (matrix unit, padded head dimension) -> launch; "" for chips without a row of their own.
-# The rows of wgmma won on an H100 or H200: docs/benchmarks/tuning.jsonl
+# The rows of wgmma were the best, or within a tenth of it, on most of the presets that were timed on an H200:
+# docs/benchmarks/tuning.jsonl
 IMPORTANCE = {
     **{("", dim): ImportanceLaunch(64, 64, 4, 2) for dim in (16, 32, 64, 128, 256)},
     ("mma", 64): ImportanceLaunch(64, 64, 4, 3),  # with two in flight it spills on sm_120

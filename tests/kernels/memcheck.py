@@ -1,7 +1,9 @@
-"""Runs every launch of a small video once, where a read or write out of bounds is found:
+"""Runs every launch of a small video once, where a read or write out of bounds is found.
 
-PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck python tests/kernels/memcheck.py     on a GPU
-TRITON_INTERPRET=1 python tests/kernels/memcheck.py             on Linux without one: memory is forbidden past each tensor
+On a GPU:
+    PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck python tests/kernels/memcheck.py
+On Linux without one, where memory past each tensor is forbidden:
+    TRITON_INTERPRET=1 python tests/kernels/memcheck.py
 """
 
 import ctypes
