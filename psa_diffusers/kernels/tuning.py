@@ -123,7 +123,8 @@ class PyramidLaunch:
 # docs/benchmarks/tuning.jsonl
 IMPORTANCE = {
     **{("", dim): ImportanceLaunch(64, 64, 4, 2) for dim in (16, 32, 64, 128, 256)},
-    ("mma", 64): ImportanceLaunch(64, 64, 4, 3),  # with two in flight it spills on sm_120
+    ("mma", 64): ImportanceLaunch(64, 64, 4, 3),
+    ("tcgen05", 128): ImportanceLaunch(64, 64, 4, 3),  # with two in flight it spills
     ("wgmma", 64): ImportanceLaunch(128, 128, 4, 2),
     ("wgmma", 128): ImportanceLaunch(128, 128, 4, 2),
 }
