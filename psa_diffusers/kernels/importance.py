@@ -9,7 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from psa_diffusers.kernels.launch import cdiv, head_strides, load_rows, on_device, padded, remember
-from psa_diffusers.kernels.tuning import IMPORTANCE, launch_of
+from psa_diffusers.kernels.tuning import importance_launch
 from psa_diffusers.layout import Layout
 from psa_diffusers.stages.importance import POOLED_CELL, SAMPLE_STRIDE
 from psa_diffusers.stages.moments import MOMENT_CAP, MOMENT_CELL, SHAPE_STRIDE
@@ -52,9 +52,7 @@ def block_importance(
     batch, heads, num_q, dim = cells_q.shape
     num_blocks_q, num_blocks_k = layout.num_query_blocks, layout.num_key_blocks
     per_m, per_n = layout.block_m // step, layout.block_n // step
-    # a chip's own row is of key blocks of 64 and more: of smaller ones a thread would keep too many sums
-    general = IMPORTANCE["", padded(dim)]
-    launch = launch_of(IMPORTANCE, dim, q.element_size(), q.device) if layout.block_n >= 64 else general
+    launch = importance_launch(dim, q.element_size(), layout.block_n, q.device)
     rows, columns = max(launch.rows, per_m), max(launch.columns, per_n)
     num_k, blocks = cells_k.shape[2], columns // per_n
     tiles = max(1, min(8, _READ_BACK // blocks))

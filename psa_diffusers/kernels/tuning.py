@@ -153,6 +153,13 @@ def launch_of(table: dict, head_dim: int, itemsize: int, device: torch.device):
     return _FLOAT32.get(type(row), row) if itemsize == 4 else row
 
 
+def importance_launch(head_dim: int, itemsize: int, block_n: int, device: torch.device) -> ImportanceLaunch:
+    """The row for these inputs; a wide tile of a chip's own row would hold too many key blocks below 64 tokens."""
+    if block_n < 64 and itemsize < 4:
+        return IMPORTANCE["", padded(head_dim)]
+    return launch_of(IMPORTANCE, head_dim, itemsize, device)
+
+
 def tile_warps(elements: int) -> int:
     """Warps for a float32 tile that a program holds in registers: 32 to 64 registers of it a thread."""
     return max(1, min(8, elements // 1024))

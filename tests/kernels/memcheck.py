@@ -2,7 +2,7 @@
 
 On a GPU:
     PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck python tests/kernels/memcheck.py
-On Linux without one, where memory past each tensor is forbidden:
+In the interpreter, on Linux, where memory before and past each tensor is forbidden:
     TRITON_INTERPRET=1 python tests/kernels/memcheck.py
 """
 
@@ -10,6 +10,7 @@ import ctypes
 import faulthandler
 import math
 import mmap
+import os
 
 import torch
 
@@ -20,7 +21,7 @@ PAGE = mmap.PAGESIZE
 
 
 def main() -> None:
-    if torch.cuda.is_available():
+    if os.environ.get("TRITON_INTERPRET") != "1":
         run("cuda", torch.bfloat16, (5, 9, 23), 226, 2, dims=(64, 128, 192), blocks=(128, 64, 32))
         return
     faulthandler.enable()  # says which kernel it was
