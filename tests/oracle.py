@@ -38,7 +38,7 @@ def oracle_attention(
     segments: lengths of the segments of `order`; each starts a new block.
     tilt_gain: [B, H] factor of the value tilt; 1 by default.
     only: query tokens to compute, all by default; the other rows are 0.
-    dtype: float64 for the truth. In a lower precision the same arithmetic shows how much rounding costs.
+    dtype: float64 for the truth. In a lower precision the same arithmetic shows how much rounding may cost.
     """
     q, k, v = (x.detach().to(dtype) for x in (q, k, v))
     B, H, L, D = q.shape
@@ -71,18 +71,28 @@ def oracle_attention(
                     spread = [k[b, h, cell].var(0, unbiased=False).mean() for cell, _ in cells]
                     bias = (0.5 * scale**2 * norm * torch.stack(spread)).clamp(max=cap)
                 for r in rows:
-                    logits = scale * (means_k @ q[b, h, r]) + bias
+                    logits = scale * product(means_k, q[b, h, r]) + bias
                     weights = sizes * torch.exp(logits - logits.max())
                     weights /= weights.sum()
-                    out[b, h, r] = weights @ means_v
+                    out[b, h, r] = product(means_v.T, weights)
                     if value_tilt:
                         for factor in {f for _, f in cells}:
                             share = sum(float(w) for w, (_, f) in zip(weights, cells, strict=True) if f == factor)
                             if factor not in tilt:
                                 tilt[factor] = within_cell_covariance(k[b, h], v[b, h], key_blocks, block_n, factor)
                             gain = 1.0 if tilt_gain is None else float(tilt_gain[b, h])
-                            out[b, h, r] += gain * scale * share * (q[b, h, r] @ tilt[factor])
+                            out[b, h, r] += gain * scale * share * product(tilt[factor].T, q[b, h, r])
     return out
+
+
+def product(matrix, vector):
+    """``matrix @ vector``. Below float64 term by term, in float32: libraries sum in any order, and this one rounds most."""
+    if matrix.dtype == torch.float64:
+        return matrix @ vector
+    total = torch.zeros(len(matrix))
+    for column, number in zip(matrix.float().T, vector.float(), strict=True):
+        total += column * number
+    return total.to(matrix.dtype)
 
 
 def within_cell_covariance(k, v, key_blocks, block_n, factor):
