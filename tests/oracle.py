@@ -86,7 +86,7 @@ def oracle_attention(
 
 
 def product(matrix, vector):
-    """``matrix @ vector``. Below float64 term by term, in float32: of all orders of a sum, this one rounds most."""
+    """``matrix @ vector``. Below float64 term by term, in float32: no order that a library sums in rounds more."""
     if matrix.dtype == torch.float64:
         return matrix @ vector
     total = torch.zeros(len(matrix))
