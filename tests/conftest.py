@@ -10,10 +10,6 @@ from hypothesis import settings
 settings.register_profile("psa", derandomize=True, deadline=None)
 settings.load_profile("psa")
 
-# workers share the cores: with all of them for each, the oracle took nine minutes on 16 where it takes one
-if "OMP_NUM_THREADS" not in os.environ:
-    torch.set_num_threads(max(1, torch.get_num_threads() // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))))
-
 
 def pytest_collection_modifyitems(items):
     unmet = {}

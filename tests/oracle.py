@@ -86,7 +86,7 @@ def oracle_attention(
 
 
 def product(matrix, vector):
-    """``matrix @ vector``. Below float64 term by term, in float32: no order that a library sums in rounds more."""
+    """``matrix @ vector``. Below float64 term by term, in float32: it rounds about as much as any library's order."""
     if matrix.dtype == torch.float64:
         return matrix @ vector
     total = torch.zeros(len(matrix))

@@ -221,6 +221,26 @@ def test_the_gpu_tables_are_the_data():
     assert sorted(rows) == sorted(measured)
 
 
+def test_what_a_row_of_queries_costs_is_the_data():
+    """The line through the two densities of a mix, as docs/kernel.md has it for each shape."""
+    data = (ROOT / "docs/benchmarks/gpu_h200.jsonl").read_text(encoding="utf-8").splitlines()
+    data = [json.loads(line) for line in data]
+    text = (ROOT / "docs/kernel.md").read_text(encoding="utf-8").partition("**Bytes.**")[0]
+    head, *rows = table_rows(text)
+    assert {row[0] for row in rows} == {one["shape"] for one in data}
+    for shape, *cells in rows:
+        of_shape = [one for one in data if one["shape"] == shape]
+        dense = next(one["ms"] for one in of_shape if one["provider"] == "dense cuDNN")
+        for mix, cell in zip(head[1:], cells, strict=True):
+            far, near = (one for one in of_shape if one.get("mix") == mix.strip("`"))
+            far_ms, near_ms = (one["stage_ms"]["attend"] for one in (far, near))
+            slope = (far_ms - near_ms) / (far["density"] - near["density"])
+            # microseconds of one of the 132 multiprocessors, which share the blocks of 128 queries
+            a_row = 1000 * 132 / (-(-far["tokens"] // 128) * far["heads"])
+            fixed = (far_ms - slope * far["density"]) * a_row
+            assert cell == f"{fixed:.0f} of {far_ms * a_row:.0f}, {dense / slope:.2f}"
+
+
 def test_the_table_of_presets_is_the_data():
     """Every evaluation of a demo model's clips is a row of docs/miniature.md, rounded."""
     measured = []
