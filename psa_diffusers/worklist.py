@@ -43,7 +43,6 @@ def share_out(
         of_others = []
         for index in waiting:
             if is_finished(names[index]):
-                _sweep(folder, names[index])
                 continue
             claim = _take(folder, names[index], stale_seconds)
             if claim is None:
@@ -56,13 +55,14 @@ def share_out(
         if of_others and len(of_others) == len(waiting):
             time.sleep(POLL_SECONDS)
         waiting = of_others
+    _sweep(folder, names)
 
 
 class _Claim:
     """A piece that is ours: shows signs of life until the end of the `with` block."""
 
     def __init__(self, folder: Path, name: str, number: int) -> None:
-        self._folder, self._name, self._path = folder, name, _path(folder, name, number)
+        self._paths = [_path(folder, name, earlier) for earlier in range(1, number + 1)]
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._beat, daemon=True)
 
@@ -74,22 +74,24 @@ class _Claim:
         self._stop.set()
         self._thread.join()
         if kind is None:
-            _sweep(self._folder, self._name)
+            # each by its number: another process may have removed some of them already
+            for path in self._paths:
+                path.unlink(missing_ok=True)
         else:
             # not removed: who looks meanwhile could make the same claim twice
-            self._path.write_text(json.dumps({"given_up": True}), encoding="utf-8")
+            self._paths[-1].write_text(json.dumps({"given_up": True}), encoding="utf-8")
 
     def _beat(self) -> None:
         while not self._stop.wait(BEAT_SECONDS):
-            self._path.touch()
+            self._paths[-1].touch()
 
 
-def _sweep(folder: Path, name: str) -> None:
-    """Remove the claims on a piece that is finished."""
-    number = 1
-    while _path(folder, name, number).exists():
-        _path(folder, name, number).unlink(missing_ok=True)
-        number += 1
+def _sweep(folder: Path, names: Sequence[str]) -> None:
+    """Remove what processes that died have left of their claims, once all pieces are finished."""
+    ours = set(names)
+    for path in list(folder.glob("*.claim*")):
+        if path.stem in ours:
+            path.unlink(missing_ok=True)
 
 
 def _take(folder: Path, name: str, stale_seconds: float) -> _Claim | None:

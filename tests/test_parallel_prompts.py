@@ -100,6 +100,29 @@ def test_the_pieces_of_processes_that_die_are_done_by_those_that_live(tmp_path):
     assert all(log_of(tmp_path).count(name) == 1 for name in finished)
 
 
+def test_a_piece_that_is_finished_while_its_claim_is_judged_leaves_nothing(tmp_path, monkeypatch):
+    """The second claim is made after another process has finished the piece and removed the claims before it."""
+    foreign_claim(tmp_path, "a", 1000)
+
+    def is_stale(path, _):
+        (tmp_path / "a.done").touch()
+        path.unlink()
+        return True
+
+    monkeypatch.setattr(worklist, "_is_stale", is_stale)
+    work_through(tmp_path, ["a"])
+    assert [path.name for path in tmp_path.iterdir()] == ["a.done"]
+
+
+def test_claims_on_finished_pieces_are_swept_but_not_those_of_other_work(tmp_path):
+    """A process can die between any two steps, so any claim can be left, whichever numbers are missing before it."""
+    (tmp_path / "a.done").touch()
+    for name in ("a.claim1", "a.claim3", "b.claim2"):
+        (tmp_path / name).touch()
+    work_through(tmp_path, ["a"])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.done", "b.claim2"]
+
+
 def test_a_piece_that_failed_is_left_for_others(tmp_path):
     names = ["a", "b"]
     work = share_out(names, tmp_path, finished_by_file(tmp_path))
