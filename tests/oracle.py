@@ -5,6 +5,7 @@ Slow on purpose: loops over queries, blocks and cells, so that each line can be 
 
 import math
 
+import numpy as np
 import torch
 
 
@@ -77,7 +78,7 @@ def oracle_attention(
                     out[b, h, r] = product(means_v.T, weights)
                     if value_tilt:
                         for factor in {f for _, f in cells}:
-                            share = sum(float(w) for w, (_, f) in zip(weights, cells, strict=True) if f == factor)
+                            share = sum(w for w, (_, f) in zip(weights.tolist(), cells, strict=True) if f == factor)
                             if factor not in tilt:
                                 tilt[factor] = within_cell_covariance(k[b, h], v[b, h], key_blocks, block_n, factor)
                             gain = 1.0 if tilt_gain is None else float(tilt_gain[b, h])
@@ -89,10 +90,8 @@ def product(matrix, vector):
     """``matrix @ vector``. Below float64 term by term, in float32: it rounds about as much as any library's order."""
     if matrix.dtype == torch.float64:
         return matrix @ vector
-    total = torch.zeros(len(matrix))
-    for column, number in zip(matrix.float().T, vector.float(), strict=True):
-        total += column * number
-    return total.to(matrix.dtype)
+    terms = (matrix.float() * vector.float()).numpy()
+    return torch.from_numpy(np.add.accumulate(terms, axis=1)[:, -1]).to(matrix.dtype)
 
 
 def within_cell_covariance(k, v, key_blocks, block_n, factor):
