@@ -2,8 +2,8 @@
 
 The processes need nothing in common but a folder. Who takes a piece creates a claim, a file that only one process can
 create, and touches it while it works. The claim of a process that is gone is stale: another one may take the piece over
-by creating the next claim, ``name.claim2`` after ``name.claim1``. So no claim is ever taken away from under a process
-that has just made it.
+by creating the next claim, ``name.claim2`` after ``name.claim1``. No claim is removed before its piece is finished, so
+none is ever taken away from under a process that has work to do.
 """
 
 from __future__ import annotations
@@ -62,7 +62,8 @@ class _Claim:
     """A piece that is ours: shows signs of life until the end of the `with` block."""
 
     def __init__(self, folder: Path, name: str, number: int) -> None:
-        self._paths = [_path(folder, name, earlier) for earlier in range(1, number + 1)]
+        self._path = _path(folder, name, number)
+        self._taken_over = [_path(folder, name, earlier) for earlier in range(1, number)]
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._beat, daemon=True)
 
@@ -75,15 +76,15 @@ class _Claim:
         self._thread.join()
         if kind is None:
             # each by its number: another process may have removed some of them already
-            for path in self._paths:
+            for path in (*self._taken_over, self._path):
                 path.unlink(missing_ok=True)
         else:
             # not removed: who looks meanwhile could make the same claim twice
-            self._paths[-1].write_text(json.dumps({"given_up": True}), encoding="utf-8")
+            self._path.write_text(json.dumps({"given_up": True}), encoding="utf-8")
 
     def _beat(self) -> None:
         while not self._stop.wait(BEAT_SECONDS):
-            self._paths[-1].touch()
+            self._path.touch()
 
 
 def _sweep(folder: Path, names: Sequence[str]) -> None:
