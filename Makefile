@@ -34,7 +34,7 @@ demo: install
 
 # TRITON_INTERPRET is read when a kernel is defined: interpreted and compiled kernels need a process each
 test: install
-	$(if $(wildcard tests/kernels),TRITON_INTERPRET=1 $(PYTEST) -m interpreter tests/kernels)
+	TRITON_INTERPRET=1 $(PYTEST) -m interpreter tests/ops
 	$(PYTEST) -m "not interpreter"
 
 # from 0.36 to 0.40 diffusers wants the old httpx, which the hub no longer brings along
@@ -45,7 +45,7 @@ test-oldest: install
 	PYTHONPATH=$(CURDIR)/$(OTHER) $(PYTEST) -m "not interpreter"
 
 bench: install
-	$(BIN)/python scripts/benchmark.py
+	$(BIN)/python -m scripts.benchmarks.attention
 
 lint: install
 	$(BIN)/ruff format --check .

@@ -9,15 +9,16 @@ docs/concept.md says what is computed.
 """
 
 from psa_diffusers.attention import assign_levels, psa_attention, pyramid_attention
-from psa_diffusers.calibration import calibrate
-from psa_diffusers.lora import load_psa_lora, unload_psa_lora
-from psa_diffusers.models.processor import FamilyProcessor, PSAProcessor
+from psa_diffusers.calibration.calibrate import calibrate
+from psa_diffusers.calibration.record import record_qkv
+from psa_diffusers.lora.load import load_psa_lora, unload_psa_lora
+from psa_diffusers.models import families  # noqa: F401 - importing them registers them
 from psa_diffusers.models.registry import Family, SectionRule, register_family
-from psa_diffusers.pipeline import disable_psa, enable_psa
-from psa_diffusers.preset import PSAPreset, list_presets, load_preset
-from psa_diffusers.recording import record_qkv
-from psa_diffusers.report import psa_report
-from psa_diffusers.warmup import WarmupScheduler
+from psa_diffusers.pipelines.enable import disable_psa, enable_psa
+from psa_diffusers.pipelines.report import psa_report
+from psa_diffusers.presets.schema import PSAPreset, list_presets, load_preset
+from psa_diffusers.processors.base import FamilyProcessor, PSAProcessor
+from psa_diffusers.processors.clock import WarmupScheduler
 
 __all__ = [
     "Family",

@@ -9,12 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from psa_diffusers import stages
-from psa_diffusers.layout import Layout, flat_layout, make_layout
-from psa_diffusers.preset import KEY_VARIANCE_CAP, PSAPreset, load_preset, parse_mask_ratios, preset_of_key
-from psa_diffusers.stages.levels import assign_ranked_levels
-from psa_diffusers.stages.pyramid import Pyramid
-from psa_diffusers.stages.schedule import Schedule, make_schedule
+from psa_diffusers.ops import reference
+from psa_diffusers.ops.layout import Layout, flat_layout, make_layout
+from psa_diffusers.ops.reference.levels import assign_ranked_levels
+from psa_diffusers.ops.reference.pyramid import Pyramid
+from psa_diffusers.ops.reference.schedule import Schedule, make_schedule
+from psa_diffusers.presets.schema import KEY_VARIANCE_CAP, PSAPreset, load_preset, parse_mask_ratios, preset_of_key
 
 logger = logging.getLogger("psa_diffusers")
 
@@ -265,10 +265,10 @@ def _key_of_name(name: str) -> str:
 def _column(backend: str) -> ModuleType:
     """The stages in plain torch, or the same stages as Triton kernels."""
     if backend == "torch":
-        return stages
-    from psa_diffusers import kernels
+        return reference
+    from psa_diffusers.ops import triton as triton_backend
 
-    return kernels
+    return triton_backend
 
 
 def needs_grad(*tensors: Tensor) -> bool:

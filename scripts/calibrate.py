@@ -12,9 +12,8 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 
-from _models import add_call_options, open_model, read_prompts
-
 from psa_diffusers import calibrate
+from psa_diffusers.cli.opening import add_call_options, open_model, read_prompts
 
 
 def parse(argv=None):

@@ -20,13 +20,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from _models import add_call_options, open_model, read_prompts
-from _published import published_choice
 from tqdm import tqdm
 
-from psa_diffusers.generation import compare_videos, generate
+from psa_diffusers.cli.generation import compare_videos, generate
+from psa_diffusers.cli.opening import add_call_options, open_model, read_prompts
 from psa_diffusers.models.registry import family_of
-from psa_diffusers.preset import PSAPreset, load_preset
+from psa_diffusers.presets.schema import PSAPreset, load_preset
+from scripts.published import published_choice
 
 PRESETS = ("published", "psa_cover", "published@0.07", "psa_fast", "published@0.19", "psa_quality")
 

@@ -99,7 +99,7 @@ def read_prompts(args, config):
 
 def check_words(prompts, tokenizer, example):
     """Refuse prompts with words that the demo model was never shown: it would draw something else without a word."""
-    from psa_diffusers.demo import unknown_words
+    from psa_diffusers.cli.demo import unknown_words
 
     for prompt in prompts:
         if unknown := unknown_words(tokenizer, prompt):
@@ -114,7 +114,7 @@ def call_arguments(args, config, pipe, recipe):
 
     An unknown model has its own defaults.
     """
-    from psa_diffusers.generation import call_defaults
+    from psa_diffusers.cli.generation import call_defaults
 
     names = ("width", "height", "num_frames", "num_inference_steps", "guidance_scale", "negative_prompt")
     more = ("guidance_scale_2", "max_sequence_length")
@@ -128,9 +128,9 @@ def call_arguments(args, config, pipe, recipe):
 def main(argv=None):
     args = parse(argv)
     logging.basicConfig(level=logging.INFO if args.verbose else logging.WARNING, format="%(name)s: %(message)s")
-    from psa_diffusers import generation  # late: --help answers at once
-    from psa_diffusers.preset import parse_overrides
-    from psa_diffusers.run_config import LoraSource
+    from psa_diffusers.cli import generation  # late: --help answers at once
+    from psa_diffusers.presets.model_entries import LoraSource
+    from psa_diffusers.presets.schema import parse_overrides
 
     try:
         config = generation.resolve_model(args.model, args.models_config)
@@ -158,8 +158,8 @@ class Job:
     """The prompts of one command: one pipeline, one set of settings."""
 
     def __init__(self, args, config, pipe, device, overrides, lora):
-        from psa_diffusers import generation
-        from psa_diffusers.lora import recipe_of
+        from psa_diffusers.cli import generation
+        from psa_diffusers.lora.load import recipe_of
 
         self.args, self.config, self.pipe, self.device = args, config, pipe, device
         recipe = recipe_of(pipe)
@@ -197,7 +197,7 @@ class Job:
         """On a GPU the first sparse step compiles kernels: let a run of few steps pay for that."""
         if self.device == "cpu" or self.args.no_warmup:
             return
-        from psa_diffusers import generation
+        from psa_diffusers.cli import generation
 
         print("untimed first run (--no_warmup skips it) ...", flush=True)
         call = {**self.call, "prompt": "warm-up", "num_inference_steps": 2}
@@ -210,8 +210,8 @@ class Job:
 
         from tqdm import tqdm
 
-        from psa_diffusers import generation
-        from psa_diffusers.worklist import share_out
+        from psa_diffusers.cli import generation
+        from psa_diffusers.cli.worklist import share_out
 
         seeds = [self.args.seed + index for index in range(len(prompts))]
         names = [
@@ -237,7 +237,7 @@ class Job:
         return all(path.is_file() for path in self.files(name))
 
     def run_one(self, name, prompt, seed):
-        from psa_diffusers import generation
+        from psa_diffusers.cli import generation
 
         video, record = self.files(name)
         for half in self.args.output_dir.glob(f".{name}.*part*"):

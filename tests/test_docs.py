@@ -15,12 +15,12 @@ import pytest
 import tiny
 import torch
 import yaml
-from test_lora import lora_file
+from lora_files import lora_file
 
 import psa_diffusers
-from psa_diffusers import lora
-from psa_diffusers.preset import list_presets, load_preset
-from psa_diffusers.run_config import list_model_configs
+from psa_diffusers.lora import load as lora
+from psa_diffusers.presets.model_entries import list_model_configs
+from psa_diffusers.presets.schema import list_presets, load_preset
 
 ROOT = Path(__file__).parents[1]
 ENGLISH, CHINESE = ((ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "README_zh.md"))

@@ -68,7 +68,7 @@ def test_installed_wheel_works_from_anywhere(installed, tmp_path):
     code = (
         "import psa_diffusers\n"
         "from psa_diffusers import list_presets, load_preset\n"
-        "from psa_diffusers.run_config import load_model_config\n"
+        "from psa_diffusers.presets.model_entries import load_model_config\n"
         "print(psa_diffusers.__file__)\n"
         "print(load_preset('CogVideo_5b', 'psa_4steps').levels, sorted(list_presets()), load_model_config('demo').name)"
     )
@@ -85,8 +85,8 @@ def test_the_installed_demo_model_generates_without_network(installed, tmp_path)
         "def refuse(*args, **kwargs):\n"
         "    raise AssertionError('network')\n"
         "socket.socket.connect = socket.getaddrinfo = refuse\n"
-        "from psa_diffusers import demo, generation\n"
-        "from psa_diffusers.run_config import load_model_config\n"
+        "from psa_diffusers.cli import demo, generation\n"
+        "from psa_diffusers.presets.model_entries import load_model_config\n"
         "config = load_model_config('demo')\n"
         "pipe = generation.load_pipeline(config, device='cpu')\n"
         "call = {'prompt': config.example_prompt, 'width': 64, 'height': 64, 'num_frames': 9}\n"
@@ -107,14 +107,14 @@ def test_import_prints_nothing_and_changes_nothing(tmp_path):
         "had_triton = 'triton' in sys.modules\n"
         "opened = []\n"
         "sys.addaudithook(lambda event, args: opened.append(str(args[0])) if event == 'open' else None)\n"
-        "import psa_diffusers, psa_diffusers.demo, psa_diffusers.generation\n"
+        "import psa_diffusers, psa_diffusers.cli.demo, psa_diffusers.cli.generation\n"
         "assert any('psa_diffusers' in name for name in opened)\n"
         "assert not [name for name in opened if '/weights/' in name], 'the demo model is read when it is asked for'\n"
         "assert torch.equal(before[0], torch.random.get_rng_state())\n"
         "assert before[1:] == (random.getstate(), numpy.random.get_state()[1].tolist())\n"
         "assert settings == (torch.get_num_threads(), torch.get_default_dtype(), torch.is_grad_enabled())\n"
         "assert had_triton or 'triton' not in sys.modules\n"
-        "assert not [name for name in sys.modules if name.startswith('psa_diffusers.kernels.')]\n"
+        "assert not [name for name in sys.modules if name.startswith('psa_diffusers.ops.triton.')]\n"
         "assert not torch.cuda.is_initialized()\n"
     )
     printed, complaints = run_python(code, cwd=tmp_path, path=ROOT)

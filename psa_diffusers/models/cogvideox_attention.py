@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from psa_diffusers.models.processor import FamilyProcessor
 from psa_diffusers.models.registry import Grid
+from psa_diffusers.processors.base import FamilyProcessor
 
 
 class CogVideoXPSAProcessor(FamilyProcessor):

@@ -10,8 +10,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from psa_diffusers.models.grid import read_latents
-from psa_diffusers.models.processor import FamilyProcessor
 from psa_diffusers.models.registry import Family, SectionRule, register_family
+from psa_diffusers.processors.base import FamilyProcessor
 
 UPSTREAM_DIGESTS = {
     "diffusers.models.transformers.transformer_cosmos.CosmosAttnProcessor2_0": {"3bc2d0052d88", "5ec61c5c7542"},

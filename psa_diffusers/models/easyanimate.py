@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from psa_diffusers.models.cogvideox_attention import rotate_behind
 from psa_diffusers.models.grid import read_latents
 from psa_diffusers.models.joint_attention import norm, project_back
-from psa_diffusers.models.processor import FamilyProcessor
 from psa_diffusers.models.registry import Family, SectionRule, make_instance_of, register_family
+from psa_diffusers.processors.base import FamilyProcessor
 
 UPSTREAM = "diffusers.models.transformers.transformer_easyanimate.EasyAnimateAttnProcessor2_0"
 UPSTREAM_DIGESTS = {

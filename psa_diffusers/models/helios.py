@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from psa_diffusers.models.grid import read_latents
-from psa_diffusers.models.processor import FamilyProcessor
 from psa_diffusers.models.registry import Family, SectionRule, register_family
 from psa_diffusers.models.wan_attention import project
+from psa_diffusers.processors.base import FamilyProcessor
 
 UPSTREAM_DIGESTS = {
     "diffusers.models.transformers.transformer_helios.HeliosAttnProcessor": {"cee6afffceee"},

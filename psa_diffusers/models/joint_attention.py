@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from psa_diffusers.models.processor import FamilyProcessor
 from psa_diffusers.models.registry import make_instance_of
+from psa_diffusers.processors.base import FamilyProcessor
 
 UPSTREAM = "diffusers.models.transformers.transformer_hunyuan_video.HunyuanVideoAttnProcessor2_0"
 """The processor of HunyuanVideo and Framepack."""

@@ -11,8 +11,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from psa_diffusers.models.grid import read_coordinates
-from psa_diffusers.models.processor import FamilyProcessor
 from psa_diffusers.models.registry import Family, Grid, SectionRule, register_family
+from psa_diffusers.processors.base import FamilyProcessor
 
 UPSTREAM_DIGESTS = {
     "diffusers.models.transformers.transformer_ltx.LTXVideoAttnProcessor": {

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from psa_diffusers.models.processor import FamilyProcessor
 from psa_diffusers.models.registry import Family, Grid, SectionRule, register_family
+from psa_diffusers.processors.base import FamilyProcessor
 
 UPSTREAM_DIGESTS = {
     "diffusers.models.transformers.transformer_ltx2.LTX2AudioVideoAttnProcessor": {"49e4d7077b2a", "0391667b7f0a"},

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from psa_diffusers.models.grid import read_latents
 from psa_diffusers.models.joint_attention import count_valid, project, project_back
-from psa_diffusers.models.processor import FamilyProcessor
 from psa_diffusers.models.registry import Family, SectionRule, make_instance_of, register_family
+from psa_diffusers.processors.base import FamilyProcessor
 
 UPSTREAM = "diffusers.models.attention_processor.MochiAttnProcessor2_0"
 UPSTREAM_DIGESTS = {

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from psa_diffusers.models.processor import FamilyProcessor
+from psa_diffusers.processors.base import FamilyProcessor
 
 
 class WanPSAProcessor(FamilyProcessor):

@@ -1,0 +1,338 @@
+"""From a prompt to a file: load a pipeline as `configs/models.yaml` says, generate, write the video and its record.
+
+What the scripts share. Attention itself never imports this room.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+import os
+import platform
+import re
+import subprocess
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from importlib import metadata
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from psa_diffusers.lora.load import load_psa_lora
+from psa_diffusers.pipelines.enable import disable_psa, enable_psa
+from psa_diffusers.pipelines.report import SWITCH, psa_report
+from psa_diffusers.presets.model_entries import LoraSource, ModelConfig, list_model_configs, load_model_config
+from psa_diffusers.presets.schema import PSAPreset, load_preset
+
+__all__ = [
+    "Run",
+    "call_defaults",
+    "check_metrics",
+    "compare_videos",
+    "device_of_process",
+    "environment",
+    "generate",
+    "load_pipeline",
+    "output_name",
+    "plain_config",
+    "preset_for",
+    "resolve_model",
+    "revision",
+    "write_json",
+    "write_video",
+]
+
+
+def device_of_process() -> str:
+    """Return the device to run on: of several processes that were launched together, each has its own GPU."""
+    if not torch.cuda.is_available() or os.environ.get("ACCELERATE_USE_CPU", "").casefold() == "true":
+        return "cpu"
+    rank = os.environ.get("LOCAL_RANK")  # set by accelerate launch and torchrun
+    return "cuda" if rank is None else f"cuda:{int(rank) % torch.cuda.device_count()}"
+
+
+def resolve_model(model: str, config: str | Path | None = None) -> ModelConfig:
+    """Find what `--model` means: a key of models.yaml, a folder with a saved pipeline, or a hub id ``owner/name``.
+
+    A folder or hub id has no entry, so sizes and steps are those of the pipeline itself unless they are given.
+
+    Raises:
+        ValueError: If it is none of the three. The message lists the keys.
+    """
+    keys = list_model_configs(config)
+    if model.casefold() in map(str.casefold, keys):
+        return load_model_config(model, config)
+    if (Path(model).expanduser() / "model_index.json").is_file() or re.fullmatch(r"[\w.-]+/[\w.-]+", model):
+        dtype = "bfloat16" if torch.cuda.is_available() else "float32"
+        return ModelConfig(name="custom", source=str(model), dtype=dtype)
+    raise ValueError(
+        f"--model {model!r} is no entry of models.yaml, no folder with a saved pipeline "
+        f"(model_index.json) and no hub id owner/name. Entries: {', '.join(keys)}"
+    )
+
+
+def load_pipeline(config: ModelConfig, *, device: str, lora: LoraSource | None = None) -> Any:
+    """Load a pipeline, its scheduler and LoRA, and put it where its weights should wait.
+
+    Args:
+        config: What to load; ``source`` None is the demo model of the pipeline's family.
+        device: Where to run.
+        lora: LoRA to load in place of the entry's own.
+    """
+    if config.source is None:
+        from psa_diffusers.cli.demo import FAMILIES, build_demo_pipeline
+
+        family = {pipeline: family for family, pipeline in FAMILIES.items()}.get(config.pipeline, "cogvideox")
+        pipe = build_demo_pipeline(family=family)
+    else:
+        import diffusers
+
+        kind = getattr(diffusers, config.pipeline) if config.pipeline else diffusers.DiffusionPipeline
+        dtypes = {"default": getattr(torch, config.dtype)}
+        if config.vae_dtype:
+            dtypes["vae"] = getattr(torch, config.vae_dtype)
+        # the new name is ignored before 0.41, the old one warned about since
+        version = tuple(int(part) for part in diffusers.__version__.split(".")[:2])
+        name = "dtype" if version >= (0, 41) else "torch_dtype"
+        pipe = kind.from_pretrained(config.source, **{name: dtypes if len(dtypes) > 1 else dtypes["default"]})
+    if config.scheduler is not None:
+        import diffusers
+
+        kind = getattr(diffusers, config.scheduler.class_name)
+        pipe.scheduler = kind.from_config(pipe.scheduler.config, **config.scheduler.kwargs)
+    if config.flow_shift is not None:
+        key = "flow_shift" if "flow_shift" in pipe.scheduler.config else "shift"
+        pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, **{key: config.flow_shift})
+    lora = lora or config.lora
+    if lora is not None:
+        source = lora.source
+        if source == "demo":
+            from psa_diffusers.cli.demo import demo_lora
+
+            source = demo_lora()
+        load_psa_lora(pipe, source, weight_name=lora.weight_name, scale=lora.scale)
+    if config.vae_tiling and hasattr(pipe, "vae"):
+        pipe.vae.enable_tiling()
+    if config.vae_slicing and hasattr(pipe, "vae"):
+        pipe.vae.enable_slicing()
+    if config.offload == "model" and device != "cpu":
+        pipe.enable_model_cpu_offload(device=device)
+    elif config.offload == "sequential" and device != "cpu":
+        pipe.enable_sequential_cpu_offload(device=device)
+    else:
+        pipe.to(device)
+    return pipe
+
+
+@dataclass(frozen=True)
+class Run:
+    """A generated video and what there is to say about it.
+
+    Attributes:
+        frames: ``[frames, height, width, 3]`` float in [0, 1].
+        seconds: Of the whole call: text encoding, denoising, decoding.
+        denoising_seconds: To the end of the last step; None if the pipeline has no step callback.
+        density: Mean density over all self-attention calls, dense steps as 1; None without PSA.
+        sparse_density: Mean density of the sparse calls; None if there were none.
+        report: Summary of what ran, None without PSA.
+        preset: The preset in full, None without PSA.
+    """
+
+    frames: np.ndarray
+    seconds: float
+    denoising_seconds: float | None
+    density: float | None = None
+    sparse_density: float | None = None
+    report: str | None = None
+    preset: dict[str, Any] | None = None
+
+
+def generate(
+    pipe: Any,
+    call: Mapping[str, Any],
+    *,
+    seed: int,
+    use_psa: bool = False,
+    preset: str | PSAPreset | None = None,
+    section: str | None = None,
+    config: str | Path | None = None,
+    overrides: Mapping[str, Any] | None = None,
+) -> Run:
+    """Generate one video, dense or with PSA. The pipeline is afterwards as it was before.
+
+    Args:
+        pipe: The pipeline, with PSA off.
+        call: Arguments of the pipeline's call: prompt, sizes, steps, guidance.
+        seed: Of the generator that draws the noise; the global one is not touched.
+        use_psa: Whether to switch PSA on for this call.
+        preset: Name, object, or None for the model's default.
+        section: Section of the preset file; None finds it from the denoiser.
+        config: The user's own preset file.
+        overrides: Preset fields by their YAML names.
+    """
+    if use_psa:
+        _enable(pipe, preset, section, config, overrides)
+    parameters = inspect.signature(type(pipe).__call__).parameters
+    arguments = {"generator": torch.Generator("cpu").manual_seed(seed), "output_type": "np", **call}
+    # a joint sequence has the text length of the denoiser, whatever the pipeline assumes
+    text_length = getattr(getattr(pipe, "transformer", None), "config", {}).get("max_text_seq_length")
+    if text_length and "max_sequence_length" in parameters:
+        arguments.setdefault("max_sequence_length", text_length)
+    ends: list[float] = []
+    if "callback_on_step_end" in parameters:
+
+        def note_time(pipe: Any, step: int, timestep: Any, values: dict[str, Any]) -> dict[str, Any]:
+            _wait_for(pipe)
+            ends.append(time.perf_counter())
+            return values
+
+        arguments["callback_on_step_end"] = note_time
+    try:
+        start = time.perf_counter()
+        frames = np.asarray(pipe(**arguments).frames[0], dtype=np.float32)
+        seconds = time.perf_counter() - start
+        run = Run(frames, seconds, ends[-1] - start if ends else None)
+        if not use_psa:
+            return run
+        report = psa_report(pipe)
+        densities = [record["density"] for record in report.records]
+        sparse = [record["density"] for record in report.records if record["kind"] == "sparse"]
+        return Run(
+            frames,
+            seconds,
+            run.denoising_seconds,
+            density=sum(densities) / len(densities) if densities else None,
+            sparse_density=sum(sparse) / len(sparse) if sparse else None,
+            report=report.summary(),
+            preset=getattr(pipe, SWITCH).run.preset.to_dict(),
+        )
+    finally:
+        disable_psa(pipe)
+
+
+def preset_for(
+    pipe: Any,
+    preset: str | PSAPreset | None = None,
+    *,
+    section: str | None = None,
+    config: str | Path | None = None,
+    overrides: Mapping[str, Any] | None = None,
+) -> PSAPreset:
+    """Return the preset that `generate` would use, and change nothing. Arguments as there.
+
+    Raises:
+        TypeError: If PSA does not know the denoiser.
+        ValueError: If there is no such preset, or an override is wrong.
+    """
+    _enable(pipe, preset, section, config, overrides)
+    try:
+        return getattr(pipe, SWITCH).run.preset
+    finally:
+        disable_psa(pipe)
+
+
+def _enable(
+    pipe: Any,
+    preset: str | PSAPreset | None,
+    section: str | None,
+    config: str | Path | None,
+    overrides: Mapping[str, Any] | None,
+) -> None:
+    overrides = dict(overrides or {})
+    if section is not None and not isinstance(preset, PSAPreset):
+        preset, overrides = load_preset(section, preset, config=config, **overrides), {}
+    enable_psa(pipe, preset, config=config, report=True, **overrides)
+
+
+def call_defaults(pipe: Any, names: Iterable[str]) -> dict[str, Any]:
+    """Return the values that the pipeline's own call gives to those of `names` that are not passed, None left out."""
+    parameters = inspect.signature(type(pipe).__call__).parameters
+    defaults = {name: parameters[name].default for name in names if name in parameters}
+    return {name: value for name, value in defaults.items() if value not in (None, inspect.Parameter.empty)}
+
+
+def plain_config(part: Any) -> dict[str, Any]:
+    """Return the settings of a scheduler or model without the keys that diffusers keeps for itself."""
+    return {key: value for key, value in part.config.items() if not key.startswith("_")}
+
+
+def revision(pipe: Any) -> str | None:
+    """Return the commit of the hub repository that the weights came from, None if they did not come from there."""
+    for part in pipe.components.values():
+        path = str(getattr(getattr(part, "config", None), "_name_or_path", ""))
+        if found := re.search(r"snapshots[/\\]([0-9a-f]{40})", path):
+            return found[1]
+    return None
+
+
+def _wait_for(pipe: Any) -> None:
+    if torch.cuda.is_available() and pipe._execution_device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def check_metrics() -> None:
+    """Raise an ImportError that says what to do if the library of the metrics is missing."""
+    if find_spec("torchmetrics") is None:
+        raise ImportError("PSNR and SSIM need torchmetrics: pip install 'psa_diffusers[metrics]'")
+
+
+def compare_videos(video: np.ndarray, reference: np.ndarray) -> dict[str, float]:
+    """PSNR in dB and SSIM of a video against another of its shape ``[frames, height, width, 3]``, values in [0, 1]."""
+    check_metrics()
+    from torchmetrics.functional.image import structural_similarity_index_measure as ssim
+
+    first, second = (torch.from_numpy(x).permute(0, 3, 1, 2).float() for x in (video, reference))
+    error = float((first - second).square().mean())
+    psnr = 99.0 if error == 0 else min(99.0, -10 * np.log10(error).item())  # JSON knows no infinity
+    return {"psnr": round(psnr, 2), "ssim": round(float(ssim(first, second, data_range=1.0)), 4)}
+
+
+def write_video(path: Path, frames: np.ndarray, fps: int) -> None:
+    """Write an .mp4; a file that exists under the final name is always whole."""
+    from diffusers.utils import export_to_video
+
+    part = path.with_name(f".{path.stem}.part{os.getpid()}.mp4")
+    export_to_video(list(frames), str(part), fps=fps, macro_block_size=2)
+    part.replace(path)
+
+
+def write_json(path: Path, record: Mapping[str, Any]) -> None:
+    """Write a record in one move: its existence says that the run is finished."""
+    part = path.with_name(f".{path.name}.part{os.getpid()}")
+    part.write_text(json.dumps(record, indent=2, ensure_ascii=False, default=str) + "\n", encoding="utf-8")
+    part.replace(path)
+
+
+def output_name(index: int, prompt: str, seed: int, settings: Mapping[str, Any]) -> str:
+    """Name of the files of one prompt: the same settings give the same name, other settings another."""
+    words = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:40].rstrip("-") or "prompt"
+    digest = hashlib.sha256(json.dumps([prompt, settings], sort_keys=True, default=str).encode()).hexdigest()[:8]
+    return f"{index:03d}-{words}-seed{seed}-{digest}"
+
+
+def environment(device: str) -> dict[str, Any]:
+    """Versions, machine and commit, as far as they can be known."""
+    names = ("psa_diffusers", "torch", "triton", "diffusers", "transformers", "accelerate", "peft", "numpy")
+    versions = {}
+    for name in names:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            versions[name] = None
+    root = Path(__file__).resolve().parents[2]
+    commit = None
+    if (root / ".git").exists():  # not the repository of somebody who installed us somewhere inside it
+        try:
+            asked = ["git", "-C", str(root), "rev-parse", "HEAD"]
+            commit = subprocess.run(asked, capture_output=True, text=True, check=False).stdout.strip() or None
+        except OSError:
+            pass
+    chip = (
+        torch.cuda.get_device_name(device) if device.startswith("cuda") else f"CPU, {torch.get_num_threads()} threads"
+    )
+    return {"python": platform.python_version(), "versions": versions, "commit": commit, "device": device, "chip": chip}

@@ -1,0 +1,93 @@
+"""Write a small Wan pipeline with random weights to a folder, for the scripts that take --model FOLDER.
+
+    python scripts/small_wan.py /tmp/small_wan
+    python scripts/evaluate_levels.py --record /tmp/small_wan --width 512 --height 384 --num_frames 33
+
+Random weights attend to everything alike, which says nothing about sparse attention. These look for what is near and
+for what resembles a token: all queries and keys of a head share a direction, which the rotary embedding turns into a
+preference for near tokens (each head has a width of its own), and the rest of a query or key depends on its content.
+"""
+
+import math
+
+import torch
+from torch import nn
+
+from .small_cogvideox import draw_direction, make_tokenizer, write_pipeline
+
+HEADS, HEAD_DIM, LAYERS = 4, 64, 4
+PEAK = 20.0  # largest logit, that of a token which attends to itself
+CONTENT = 0.7  # size of what depends on the content, beside a shared direction of size 1
+BANDS = ((0.2, 0.5), (0.1, 0.3), (0.05, 0.2), (0.03, 0.12))  # radians a token that the direction of a head turns by
+
+
+def make_small_wan(seed: int = 0):
+    """The pipeline, float32; the global generator is left as it was."""
+    from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, WanPipeline, WanTransformer3DModel
+    from transformers import UMT5Config, UMT5EncoderModel
+
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(seed)
+        transformer = WanTransformer3DModel(
+            patch_size=(1, 2, 2),
+            num_attention_heads=HEADS,
+            attention_head_dim=HEAD_DIM,
+            in_channels=16,
+            out_channels=16,
+            text_dim=64,
+            freq_dim=64,
+            ffn_dim=256,
+            num_layers=LAYERS,
+            cross_attn_norm=True,
+            rope_max_seq_len=1024,
+        ).eval()
+        for block in transformer.blocks:
+            _look_around(block)
+        vae = AutoencoderKLWan(
+            base_dim=8, z_dim=16, dim_mult=[1, 1, 1, 1], num_res_blocks=1, temperal_downsample=[False, True, True]
+        ).eval()
+        text = UMT5Config(
+            vocab_size=1024,
+            d_model=64,
+            d_kv=16,
+            d_ff=128,
+            num_layers=1,
+            num_heads=4,
+            dropout_rate=0.0,
+            pad_token_id=0,
+            eos_token_id=1,
+            decoder_start_token_id=0,
+            use_cache=False,
+        )
+        text_encoder = UMT5EncoderModel(text).eval()
+    return WanPipeline(
+        tokenizer=make_tokenizer(),
+        text_encoder=text_encoder,
+        vae=vae,
+        transformer=transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=5.0),
+    )
+
+
+def _look_around(block: nn.Module) -> None:
+    """Shared directions and content in queries and keys; a gate that lets attention into the residual stream."""
+    attention, width = block.attn1, HEADS * HEAD_DIM
+    for linear in (attention.to_q, attention.to_k):
+        linear.weight.copy_(torch.randn(width, width) * CONTENT / math.sqrt(width))
+    for norm in (attention.norm_q, attention.norm_k):
+        norm.weight.fill_(math.sqrt(PEAK / math.sqrt(HEAD_DIM)))
+    for head, band in enumerate(BANDS):
+        channels = slice(head * HEAD_DIM, (head + 1) * HEAD_DIM)
+        attention.to_q.bias[channels] = attention.to_k.bias[channels] = _direction(*band)
+    block.scale_shift_table[:, 2] += 1.0
+
+
+def _direction(low: float, high: float) -> torch.Tensor:
+    """Direction ``[HEAD_DIM]`` of mean square 1, on channels that turn by `low` to `high` radians a token."""
+    side = 2 * (HEAD_DIM // 6)  # as Wan divides a head: the rest for frames, this for rows and for columns
+    direction = draw_direction(low, high, (HEAD_DIM - 2 * side, side, side))
+    return direction * math.sqrt(HEAD_DIM) / direction.norm()
+
+
+if __name__ == "__main__":
+    write_pipeline(__doc__, make_small_wan)
