@@ -105,7 +105,7 @@ def check_words(prompts, tokenizer, example):
         if unknown := unknown_words(tokenizer, prompt):
             raise ValueError(
                 f"the demo model does not know {', '.join(unknown)}, in {prompt!r}; it knows the words of "
-                f"docs/miniature.md, as in {example!r}"
+                f"docs/developer/miniature.md, as in {example!r}"
             )
 
 
@@ -159,7 +159,7 @@ class Job:
 
     def __init__(self, args, config, pipe, device, overrides, lora):
         from psa_diffusers.cli import generation
-        from psa_diffusers.lora.load import recipe_of
+        from psa_diffusers.lora import recipe_of
 
         self.args, self.config, self.pipe, self.device = args, config, pipe, device
         recipe = recipe_of(pipe)

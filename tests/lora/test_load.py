@@ -12,7 +12,8 @@ from lora_files import BLOCKS, lora_file, lora_weights
 from safetensors.torch import save_file
 from tiny import CASES, TINY_PRESET
 
-from psa_diffusers.lora.load import REPOSITORY, check_lora, choose_recipe, load_psa_lora, recipe_of, unload_psa_lora
+from psa_diffusers.lora import check_lora, load_psa_lora, recipe_of, unload_psa_lora
+from psa_diffusers.lora.recipes import REPOSITORY, choose_recipe
 from psa_diffusers.pipelines.enable import disable_psa, enable_psa
 
 # peft announces a second adapter
