@@ -5,7 +5,7 @@
     enable_psa(pipe)                    # the preset of the model, found from the model itself
     frames = pipe(prompt).frames[0]
 
-docs/concept.md says what is computed.
+docs/developer/concept.md says what is computed.
 """
 
 from psa_diffusers.attention import assign_levels, psa_attention, pyramid_attention

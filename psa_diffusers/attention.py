@@ -64,7 +64,7 @@ def psa_attention(
             backend.
         RuntimeError: If ``backend="triton"`` cannot run here.
 
-    Source: arXiv:2512.04025. What differs from the paper and the official code stands in docs/fidelity.md.
+    Source: arXiv:2512.04025. What differs from the paper and the official code stands in docs/developer/fidelity.md.
     """
     if not isinstance(preset, (str, PSAPreset)):
         raise TypeError(f"preset must be a name or a PSAPreset, got a {type(preset).__name__}")
@@ -135,7 +135,7 @@ def pyramid_attention(
     value_tilt: bool = False,
     backend: str = "auto",
 ) -> Tensor:
-    """Attention at given factors: the definition of docs/concept.md, tokens as they stand.
+    """Attention at given factors: the definition of docs/developer/concept.md, tokens as they stand.
 
     Args:
         q: Queries ``[B, H, L, D]``.

@@ -24,7 +24,7 @@ from psa_diffusers.presets.schema import list_presets, load_preset
 
 ROOT = Path(__file__).parents[1]
 ENGLISH, CHINESE = ((ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "README_zh.md"))
-PAGES = {path.relative_to(ROOT).as_posix(): path for path in (*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"))}
+PAGES = {path.relative_to(ROOT).as_posix(): path for path in (*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"))}
 OWN_PRESETS = {"baseline", "psa_cover", "psa_fast", "psa_quality"}
 SMALL = {"height": 96, "width": 112, "num_frames": 9, "max_sequence_length": tiny.TEXT_TOKENS}
 
@@ -201,7 +201,7 @@ def table_rows(text):
 
 
 def gpu_row(one):
-    """A measurement as docs/benchmarks.md has it: the last three cells are known of our own kernels only."""
+    """A measurement as docs/developer/benchmarks.md has it: the last three cells are known of our own kernels only."""
     cells = [one["shape"], one.get("mix") or one["provider"], f"{one['density']:.3f}", f"{one['relative_l1']:.4f}"]
     cells += [f"{one['ms']:.2f}", f"{one['speedup']:.2f}"]
     if one["provider"] != "psa_diffusers":
@@ -211,21 +211,21 @@ def gpu_row(one):
 
 
 def test_the_gpu_tables_are_the_data():
-    """Each row of docs/benchmarks.md is a measurement, rounded, and each measurement but FlashAttention-2 a row."""
+    """Each row of the page is a measurement, rounded, and each measurement but FlashAttention-2 a row."""
     data = (ROOT / "docs/benchmarks/gpu_h200.jsonl").read_text(encoding="utf-8")
     measured = [gpu_row(json.loads(line)) for line in data.splitlines()]
     measured = [row for row in measured if row[1] != "dense FlashAttention-2"]
-    text = (ROOT / "docs/benchmarks.md").read_text(encoding="utf-8").partition("## GPU")[2]
+    text = (ROOT / "docs/developer/benchmarks.md").read_text(encoding="utf-8").partition("## GPU")[2]
     rows = [row for row in table_rows(text) if row[0] != "shape"]
     assert len(rows) > 30
     assert sorted(rows) == sorted(measured)
 
 
 def test_what_a_row_of_queries_costs_is_the_data():
-    """The line through the two densities of a mix, as docs/kernel.md has it for each shape."""
+    """The line through the two densities of a mix, as docs/developer/kernel.md has it for each shape."""
     data = (ROOT / "docs/benchmarks/gpu_h200.jsonl").read_text(encoding="utf-8").splitlines()
     data = [json.loads(line) for line in data]
-    text = (ROOT / "docs/kernel.md").read_text(encoding="utf-8").partition("**Bytes.**")[0]
+    text = (ROOT / "docs/developer/kernel.md").read_text(encoding="utf-8").partition("**Bytes.**")[0]
     head, *rows = table_rows(text)
     assert {row[0] for row in rows} == {one["shape"] for one in data}
     for shape, *cells in rows:
@@ -242,7 +242,7 @@ def test_what_a_row_of_queries_costs_is_the_data():
 
 
 def test_the_table_of_presets_is_the_data():
-    """Every evaluation of a demo model's clips is a row of docs/miniature.md, rounded."""
+    """Every evaluation of a demo model's clips is a row of docs/developer/miniature.md, rounded."""
     measured = []
     for line in (ROOT / "docs/benchmarks/miniature_presets.jsonl").read_text(encoding="utf-8").splitlines():
         one = json.loads(line)
@@ -252,5 +252,5 @@ def test_the_table_of_presets_is_the_data():
             cells += ["1" if is_dense else f"{row['density']:.3f}".lstrip("0"), f"{100 * row['adherence']:.1f}"]
             cells += [f"{row['psnr']:.1f}", f"{row['ssim']:.3f}".lstrip("0")] if "psnr" in row else ["", ""]
             measured.append(tuple(cells))
-    text = (ROOT / "docs/miniature.md").read_text(encoding="utf-8").partition("### Presets")[2].partition("\n#")[0]
-    assert table_rows(text)[1:] == measured
+    text = (ROOT / "docs/developer/miniature.md").read_text(encoding="utf-8")
+    assert table_rows(text.partition("### Presets")[2].partition("\n#")[0])[1:] == measured

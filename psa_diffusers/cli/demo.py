@@ -1,7 +1,7 @@
 """The demo models: a small trained CogVideoX with its LoRA for four steps, and a small trained Wan, for first steps.
 
-Their card is weights/README.md; what they know, and how they were trained, is in docs/miniature.md. Nothing is read
-before a pipeline is asked for.
+Their card is weights/README.md; what they know, and how they were trained, is in docs/developer/miniature.md.
+Nothing is read before a pipeline is asked for.
 """
 
 from __future__ import annotations

@@ -61,7 +61,7 @@ class Family:
         read_size: Config to heads and layers, by which `sections` are told apart.
         make_default: `(config, path, attention)` to the processor that diffusers would give an attention of the
             denoiser; needed where the attention's class does not know (`_default_processor_cls`).
-        pipelines: Class names of the diffusers pipelines that run it. For docs/families.md, as the next two.
+        pipelines: Class names of the diffusers pipelines that run it. For docs/models.md, as the next two.
         sparse: What runs sparse.
         dense: What runs dense although PSA is on, and why.
     """
@@ -149,7 +149,7 @@ def register_family(family: Family) -> Family:
     """Teach PSA a denoiser architecture; `enable_psa` then knows every pipeline that has such a denoiser.
 
     Args:
-        family: What there is to know. docs/adding_a_model.md shows one.
+        family: What there is to know. docs/developer/adding_a_model.md shows one.
 
     Returns:
         The family, so that a module can keep it.
@@ -206,4 +206,4 @@ def supported(refused: Iterable[object] = ()) -> str:
             if cls.__name__ in CANNOT_GAIN:
                 return f"PSA cannot make {cls.__name__} faster: {CANNOT_GAIN[cls.__name__]}"
     known = ", ".join(f"{denoiser} ({family.name})" for denoiser, family in sorted(_FAMILIES.items()))
-    return f"Supported denoisers: {known}. To add one, see docs/adding_a_model.md"
+    return f"Supported denoisers: {known}. To add one, see docs/developer/adding_a_model.md"

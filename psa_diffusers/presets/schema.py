@@ -134,7 +134,7 @@ class PSAPreset:
         tilt_gain: How much of the tilt: `full`, or `sampled`, a number from 0 to 1 fitted to each head.
         min_full_ratio: Smallest share of key blocks at factor 1 in `thresholdbound`.
         refresh_every: Denoising steps for which one level map is used; 1 makes one in every step. Compiled code always
-            does; what else does, and the memory it takes, is in docs/concept.md.
+            does; what else does, and the memory it takes, is in docs/developer/concept.md.
         min_blocks: A video of fewer key blocks gets smaller blocks, see `for_video`. 0 leaves the size alone.
 
     Raises:

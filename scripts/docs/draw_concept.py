@@ -1,4 +1,4 @@
-"""Draw the figures of docs/concept.md, one a stage, from the recorded head in docs/data.
+"""Draw the figures of docs/developer/concept.md, one a stage, from the recorded head in docs/data.
 
 python scripts/draw_concept.py [--output docs/figures]
 """

@@ -1,4 +1,4 @@
-"""Write docs/families.md, the page of the denoiser families, from the registry.
+"""Write docs/models.md, the page of the denoiser families, from the registry.
 
 python scripts/write_families.py
 """
@@ -11,7 +11,7 @@ from psa_diffusers import models
 from psa_diffusers.models.registry import CANNOT_GAIN, Family, families
 from psa_diffusers.presets.schema import load_section
 
-PAGE = Path(__file__).parents[2] / "docs" / "families.md"
+PAGE = Path(__file__).parents[2] / "docs" / "models.md"
 
 HEAD = """# Model families
 
@@ -29,8 +29,8 @@ resolution, that only video self-attentions change, and that all comes back. Eve
 that.) Presets of families without published values are the same three of our own everywhere; they have not been tuned
 to the model. `calibrate` does that.
 
-The presets of a section are in [`configs/attention_config.yaml`](../configs/attention_config.yaml); the section follows
-from the size of the denoiser. [Adding a model](adding_a_model.md) shows how to register a family of your own.
+The presets of a section are in `configs/attention_config.yaml`; the section follows from the size of the denoiser.
+[Adding a model](developer/adding_a_model.md) shows how to register a family of your own.
 """
 
 CANNOT = """

@@ -1,4 +1,4 @@
-"""A family from outside the package: the example of docs/adding_a_model.md, on a denoiser that is written here."""
+"""A family from outside the package: the example of docs/developer/adding_a_model.md, on a denoiser written here."""
 
 import re
 from pathlib import Path
@@ -16,7 +16,7 @@ import psa_diffusers
 from psa_diffusers import disable_psa, enable_psa, psa_report
 from psa_diffusers.models import registry
 
-PAGE = Path(__file__).parents[2] / "docs" / "adding_a_model.md"
+PAGE = Path(__file__).parents[2] / "docs" / "developer" / "adding_a_model.md"
 GRID = (3, 5, 7)
 
 
@@ -147,7 +147,7 @@ def test_presets_of_a_section_of_its_own(tmp_path, monkeypatch, example):
 
 
 def test_before_it_is_registered_it_is_refused():
-    with pytest.raises(TypeError, match=r"VideoTransformer.*docs/adding_a_model.md"):
+    with pytest.raises(TypeError, match=r"VideoTransformer.*docs/developer/adding_a_model.md"):
         enable_psa(build())
 
 

@@ -155,7 +155,7 @@ def test_the_docs_quote_what_was_measured(capsys):
     def rows_of(name):
         return [json.loads(line) for line in (ROOT / "docs" / "benchmarks" / name).read_text().splitlines()]
 
-    page = (ROOT / "docs" / "levels.md").read_text(encoding="utf-8")
+    page = (ROOT / "docs" / "developer" / "levels.md").read_text(encoding="utf-8")
     lines = rows_of("levels_acceptance.jsonl")
     assert show_acceptance(lines)
     assert "25 of 25 bounds hold" in capsys.readouterr().out

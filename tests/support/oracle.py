@@ -1,4 +1,4 @@
-"""The judge: pyramid attention as docs/concept.md defines it, in float64, token by token. Imports nothing of ours.
+"""The judge: pyramid attention as docs/developer/concept.md defines it, in float64. Imports nothing of ours.
 
 Slow on purpose: loops over queries, blocks and cells, so that each line can be held against the definition.
 """

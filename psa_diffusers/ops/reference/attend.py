@@ -26,7 +26,7 @@ def attend(
     scale: float,
     variance_cap: float,
 ) -> Tensor:
-    """Read each kept block at its factor; the definition of docs/concept.md, cell by cell.
+    """Read each kept block at its factor; the definition of docs/developer/concept.md, cell by cell.
 
     Gathers the cells of a few query blocks at a time and leaves the arithmetic to ``scaled_dot_product_attention``,
     with the log of the cell sizes (and the key variance) as bias. The share of attention that each factor receives,

@@ -73,7 +73,7 @@ def build_pyramid(
         value_tilt: Whether to keep, for each factor, the covariance of keys and values within cells.
 
     Source: arXiv:2512.04025, section 3, mean pooling. Differs: means are over real tokens only; variance and
-        covariance are ours (docs/concept.md).
+        covariance are ours (docs/developer/concept.md).
     """
     if k.is_cuda and torch.is_grad_enabled() and (k.requires_grad or v.requires_grad):
         return pool_at_once(k, v, layout, factors, key_variance=key_variance, value_tilt=value_tilt)

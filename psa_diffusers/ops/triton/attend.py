@@ -40,7 +40,7 @@ def attend(
     scale: float,
     variance_cap: float,
 ) -> Tensor:
-    """Read each kept block at its factor; the definition of docs/concept.md. As in `ops/reference`.
+    """Read each kept block at its factor; the definition of docs/developer/concept.md. As in `ops/reference`.
 
     Args:
         q: Queries ``[B, H, L, D]``, tokens as the model has them; any strides with contiguous channels.

@@ -2,7 +2,7 @@
 
 What Triton's own pipeline cannot do makes it faster: the addresses of a tile are looked up two tiles ahead by warps
 that have nothing else to do, the two groups take turns so that one multiplies while the other makes weights, and the
-next rows begin while the last ones end. docs/kernel.md explains it.
+next rows begin while the last ones end. docs/developer/kernel.md explains it.
 """
 
 import math
