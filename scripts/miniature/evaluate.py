@@ -1,8 +1,8 @@
 """Generate clips of held-out prompts and read from their pixels whether they show what the prompts say.
 
-    python scripts/evaluate.py --model demo --prompts 8                                        a first look, on a CPU
-    python scripts/evaluate.py --model runs/wan/pipeline --rows dense psa_cover psa_fast --json wan.json --sheet wan.png
-    python scripts/evaluate.py --model demo --lora psa=psa.safetensors --rows dense dense@4 psa:psa_fast@4 psa:dense@4
+    python -m scripts.miniature.evaluate --model demo --prompts 8                           a first look, on a CPU
+    python -m scripts.miniature.evaluate --model runs/wan/pipeline --rows dense psa_cover psa_fast --sheet wan.png
+    python -m scripts.miniature.evaluate --model demo --lora psa=psa.safetensors --rows dense dense@4 psa:psa_fast@4
 
 A row is [LORA:][SECTION/]PRESET[@STEPS[gGUIDANCE]]: `dense` or a preset, of the model's own section of the preset file
 or of another (CogVideo_5b/psa_balanced), the number of steps, and a LoRA named with --lora. The same prompt has the
@@ -61,34 +61,35 @@ def parse(argv=None):
 
 def main(argv=None):
     args = parse(argv)
-    import _world  # late: --help answers at once
-    import torch
+    import torch  # late: --help answers at once
+
+    from . import world
 
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         if args.prompt_file:
             lines = args.prompt_file.read_text(encoding="utf-8").splitlines()
-            scenes = [_world.parse_prompt(line) for line in lines if line.strip()]
+            scenes = [world.parse_prompt(line) for line in lines if line.strip()]
         else:
-            scenes = _world.held_out_scenes(args.prompts, args.seed)
+            scenes = world.held_out_scenes(args.prompts, args.seed)
         pipe = load(args.model, device)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    job = Evaluation(args, pipe, device, scenes)
+    evaluation = Evaluation(args, pipe, device, scenes)
     clips, reference = {}, None
     for row in args.rows:
-        clips[row], facts = job.make(row)
-        job.judge(row, clips[row], reference, facts)
+        clips[row], facts = evaluation.make(row)
+        evaluation.judge(row, clips[row], reference, facts)
         if reference is None and row not in _TRUTH:
             reference = clips[row]
         if args.json:  # a row can take an hour: what there is, stands there
-            job.write(args.json)
-    job.show_details()
+            evaluation.write(args.json)
+    evaluation.show_details()
     if args.sheet:
-        draw_sheet(args.sheet, scenes[: args.sheet_prompts], clips, job.results)
+        draw_sheet(args.sheet, scenes[: args.sheet_prompts], clips, evaluation.results)
     if args.record:
-        job.record(args.record)
+        evaluation.record(args.record)
     return 0
 
 
@@ -195,13 +196,13 @@ class Evaluation:
 
         import torch
 
-        from . import world as _world
+        from . import world
 
         clips = []
         for place, scene in enumerate(self.scenes):
-            packed = _world.pack([scene], random.Random(f"{self.args.seed} {place}"))
+            packed = world.pack([scene], random.Random(f"{self.args.seed} {place}"))
             packed = {name: value.to(self.device) for name, value in packed.items()}
-            video = _world.render(packed, frames=self.frames, size=self.pixels)
+            video = world.render(packed, frames=self.frames, size=self.pixels)
             if restored:
                 vae = self.pipe.vae
                 with torch.no_grad():
@@ -215,7 +216,7 @@ class Evaluation:
 
         import torch
 
-        from . import world as _world
+        from . import world
 
         threads = torch.get_num_threads()
         torch.set_num_threads(1)
@@ -231,7 +232,7 @@ class Evaluation:
             **facts,
             "adherence": _mean(all(one["right"].values()) for one in judged),
             "attributes": {name: _mean(values) for name, values in by_name.items()},
-            "kinds": {kind: _mean(by_kind[kind]) for kind in _world.KINDS if kind in by_kind},
+            "kinds": {kind: _mean(by_kind[kind]) for kind in world.KINDS if kind in by_kind},
             "flicker": _mean(one["flicker"] for one in judged),
             **{name: _mean(one[name] for one in judged) for name in ("psnr", "ssim") if name in judged[0]},
             "prompts": [{"prompt": scene.prompt, **one} for scene, one in zip(self.scenes, judged, strict=True)],
@@ -253,13 +254,13 @@ class Evaluation:
 
         from psa_diffusers.cli.generation import compare_videos
 
-        from . import measure as _measure
+        from . import measure
 
         clip = np.asarray(clip, dtype=np.float32)
-        seen = _measure.describe(clip)
+        seen = measure.describe(clip)
         # second differences in time, in steps of 8 bits: what moves evenly has none
         flicker = float(np.abs(np.diff(clip, 2, axis=0)).mean() * 255)
-        one = {"right": _measure.compare(scene, seen), "seen": repr(seen), "flicker": flicker}
+        one = {"right": measure.compare(scene, seen), "seen": repr(seen), "flicker": flicker}
         if reference is not None:
             one |= compare_videos(clip, np.asarray(reference, dtype=np.float32))
         return one
@@ -282,7 +283,7 @@ class Evaluation:
         write_json(path, {**settings, "rows": self.results, "environment": environment(self.device)})
 
     def record(self, path):
-        """q, k, v of one dense run, at four steps: what `evaluate_levels.py --qkv` reads."""
+        """q, k, v of one dense run, at four steps: what `scripts.benchmarks.levels --qkv` reads."""
         from psa_diffusers import record_qkv
 
         steps = self.args.num_inference_steps

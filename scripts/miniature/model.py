@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import world as _world
+from . import world
 
 TEXT_TOKENS = 32
 
@@ -86,7 +86,7 @@ def tokenizer() -> Any:
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
-    words = {word: number for number, word in enumerate(["<pad>", "</s>", "<unk>", *_world.WORDS])}
+    words = {word: number for number, word in enumerate(["<pad>", "</s>", "<unk>", *world.WORDS])}
     backend = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
     backend.normalizer = normalizers.Lowercase()
     backend.pre_tokenizer = pre_tokenizers.Whitespace()
@@ -318,19 +318,19 @@ def token_ids(prompts: list[str], length: int, words: Any) -> Tensor:
     return words(prompts, padding="max_length", max_length=length, truncation=True, return_tensors="pt").input_ids
 
 
-def facts(scenes: list[_world.Scene], length: int) -> tuple[Tensor, Tensor]:
+def facts(scenes: list[world.Scene], length: int) -> tuple[Tensor, Tensor]:
     """What each token's phrase says.
 
     Returns:
         ``[B, length, len(FACTS)]``, 1 where a fact is stated by the phrase that the token stands in, else 0; and
         ``[B, length]``, whether there is a word at all.
     """
-    stated, words = torch.zeros(len(scenes), length, len(_world.FACTS)), torch.zeros(len(scenes), length)
+    stated, words = torch.zeros(len(scenes), length, len(world.FACTS)), torch.zeros(len(scenes), length)
     for row, scene in enumerate(scenes):
         start = 0
         for phrase, facts_ in scene.phrases:
             end = start + len(re.findall(r"\w+|,", phrase))
-            stated[row, start:end, [_world.FACTS.index(fact) for fact in facts_]] = 1
+            stated[row, start:end, [world.FACTS.index(fact) for fact in facts_]] = 1
             words[row, start:end] = 1
             start = end
     return stated, words

@@ -1,37 +1,38 @@
 """Write a small CogVideoX pipeline with random weights to a folder, for the scripts that take --model FOLDER.
 
-    python scripts/small_cogvideox.py /tmp/small_cogvideox
-    python scripts/evaluate_levels.py --record /tmp/small_cogvideox --num_inference_steps 8 --guidance_scale 1
+    python -m scripts.miniature.small_cogvideox /tmp/small_cogvideox
+    python -m scripts.benchmarks.levels --record /tmp/small_cogvideox --num_inference_steps 8 --guidance_scale 1
 
 It makes no pictures, but is drawn so that it behaves like a trained model where it matters for attention: a token
 attends to its neighbours in space and time and to what resembles it, so the softmax is peaked. What grows out of the
 noise are coloured patches that move. Its 49 x 192 x 320 pixels make 12,480 video tokens.
 """
 
-import argparse
 import math
-from pathlib import Path
 
 import torch
 from torch import nn
 
-TEXT_TOKENS = 64
+from .small_parts import TEXT_TOKENS, draw_direction, look_around, make_tokenizer, text_config, write_pipeline
+
 HEADS, HEAD_DIM, LAYERS = 2, 64, 4
 LATENT_CHANNELS = 8
 WIDTH, HEIGHT, FRAMES = 320, 192, 49
 BANDS = ((0.2, 0.5), (0.03, 0.12))
 """Radians a token by which the rotary embedding turns what the narrow and the wide head look for."""
-PEAK = 20.0
-"""Largest logit, that of a token which attends to itself."""
+CONTENT = 0.3
+"""Size of what depends on the content in a query or key, beside a shared direction of size 1."""
 
 
 def make_small_cogvideox(seed: int = 0):
     """The pipeline, float32; the global generator is left as it was."""
     from diffusers import CogVideoXDDIMScheduler, CogVideoXPipeline
+    from transformers import T5Config, T5EncoderModel
 
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(seed)
-        transformer, vae, text_encoder = _transformer(), _vae(), _text_encoder()
+        transformer, vae = _transformer(), _vae()
+        text_encoder = T5EncoderModel(text_config(T5Config)).eval()
     # it predicts the clean video; trailing steps and a terminal SNR of zero, as CogVideoX has them
     scheduler = CogVideoXDDIMScheduler(
         prediction_type="sample", timestep_spacing="trailing", rescale_betas_zero_snr=True, snr_shift_scale=1.0
@@ -39,44 +40,6 @@ def make_small_cogvideox(seed: int = 0):
     return CogVideoXPipeline(
         tokenizer=make_tokenizer(), text_encoder=text_encoder, vae=vae, transformer=transformer, scheduler=scheduler
     )
-
-
-def make_tokenizer():
-    """Pairs of letters are tokens. Nothing is trained, so ids are the same in every process and version."""
-    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
-    from transformers import PreTrainedTokenizerFast
-
-    letters = "abcdefghijklmnopqrstuvwxyz"
-    singles = [(character, -6.0) for character in letters + "0123456789.,;:'!?-"]
-    pairs = [(first + second, -9.0) for first in letters for second in letters]
-    special = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", -20.0), ("▁", -2.0)]
-    backend = Tokenizer(models.Unigram(special + singles + pairs, unk_id=2))
-    backend.normalizer = normalizers.Lowercase()
-    backend.pre_tokenizer = pre_tokenizers.Metaspace()
-    backend.post_processor = processors.TemplateProcessing(single=["$A", "</s>"], special_tokens=[("</s>", 1)])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend, pad_token="<pad>", eos_token="</s>", unk_token="<unk>", model_max_length=TEXT_TOKENS
-    )
-
-
-def _text_encoder() -> nn.Module:
-    from transformers import T5Config, T5EncoderModel
-
-    config = T5Config(
-        vocab_size=1024,
-        d_model=64,
-        d_kv=16,
-        d_ff=128,
-        num_layers=1,
-        num_heads=4,
-        dropout_rate=0.0,
-        feed_forward_proj="gated-gelu",
-        pad_token_id=0,
-        eos_token_id=1,
-        decoder_start_token_id=0,
-        use_cache=False,
-    )
-    return T5EncoderModel(config).eval()
 
 
 def _transformer() -> nn.Module:
@@ -119,14 +82,7 @@ def _make_centre_surround(block: nn.Module) -> None:
     """
     attention = block.attn1
     width = HEADS * HEAD_DIM
-    for linear in (attention.to_q, attention.to_k):
-        linear.weight.copy_(torch.randn(width, width) * 0.3 / math.sqrt(width))
-    for norm in (attention.norm_q, attention.norm_k):
-        norm.weight.fill_(math.sqrt(PEAK / math.sqrt(HEAD_DIM)))
-        norm.bias.zero_()
-    for head, (low, high) in enumerate(BANDS):
-        channels = slice(head * HEAD_DIM, (head + 1) * HEAD_DIM)
-        attention.to_q.bias[channels] = attention.to_k.bias[channels] = _preference(low, high)
+    look_around(attention, CONTENT, (_preference(low, high) for low, high in BANDS))
     inward = torch.empty(HEAD_DIM, width)
     nn.init.orthogonal_(inward)
     attention.to_v.weight.copy_(torch.cat([inward, inward]))
@@ -150,16 +106,6 @@ def _preference(low: float, high: float) -> torch.Tensor:
     direction = draw_direction(low, high, (HEAD_DIM // 4, HEAD_DIM // 8 * 3, HEAD_DIM // 8 * 3))  # as CogVideoX divides
     direction -= direction.mean()
     return direction * math.sqrt(HEAD_DIM) / direction.norm()
-
-
-def draw_direction(low: float, high: float, sizes: tuple[int, ...]) -> torch.Tensor:
-    """Unit vectors for frames, rows and columns, on the channels that turn by `low` to `high` radians a token."""
-    parts = []
-    for size in sizes:
-        angle = 10000 ** (-torch.arange(0, size, 2) / size).repeat_interleave(2)
-        chosen = torch.randn(size) * ((angle >= low) & (angle <= high))
-        parts.append(nn.functional.normalize(chosen, dim=0))
-    return torch.cat(parts)
 
 
 def _vae() -> nn.Module:
@@ -192,17 +138,6 @@ def _vae() -> nn.Module:
     out.weight.mul_(gain[:, None, None, None, None])
     out.bias.sub_(sample.mean(1)).mul_(gain)
     return model
-
-
-def write_pipeline(description, make):
-    """The command line of the small pipelines: make one from a seed and save it."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--seed", type=int, default=0, help="of the weights")
-    args = parser.parse_args()
-    pipe = make(args.seed)
-    pipe.save_pretrained(args.folder)
-    print(f"a small {type(pipe).__name__} is in {args.folder}")
 
 
 if __name__ == "__main__":

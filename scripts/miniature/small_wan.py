@@ -1,7 +1,7 @@
 """Write a small Wan pipeline with random weights to a folder, for the scripts that take --model FOLDER.
 
-    python scripts/small_wan.py /tmp/small_wan
-    python scripts/evaluate_levels.py --record /tmp/small_wan --width 512 --height 384 --num_frames 33
+    python -m scripts.miniature.small_wan /tmp/small_wan
+    python -m scripts.benchmarks.levels --record /tmp/small_wan --width 512 --height 384 --num_frames 33
 
 Random weights attend to everything alike, which says nothing about sparse attention. These look for what is near and
 for what resembles a token: all queries and keys of a head share a direction, which the rotary embedding turns into a
@@ -13,10 +13,9 @@ import math
 import torch
 from torch import nn
 
-from .small_cogvideox import draw_direction, make_tokenizer, write_pipeline
+from .small_parts import draw_direction, look_around, make_tokenizer, text_config, write_pipeline
 
 HEADS, HEAD_DIM, LAYERS = 4, 64, 4
-PEAK = 20.0  # largest logit, that of a token which attends to itself
 CONTENT = 0.7  # size of what depends on the content, beside a shared direction of size 1
 BANDS = ((0.2, 0.5), (0.1, 0.3), (0.05, 0.2), (0.03, 0.12))  # radians a token that the direction of a head turns by
 
@@ -42,24 +41,11 @@ def make_small_wan(seed: int = 0):
             rope_max_seq_len=1024,
         ).eval()
         for block in transformer.blocks:
-            _look_around(block)
+            _open(block)
         vae = AutoencoderKLWan(
             base_dim=8, z_dim=16, dim_mult=[1, 1, 1, 1], num_res_blocks=1, temperal_downsample=[False, True, True]
         ).eval()
-        text = UMT5Config(
-            vocab_size=1024,
-            d_model=64,
-            d_kv=16,
-            d_ff=128,
-            num_layers=1,
-            num_heads=4,
-            dropout_rate=0.0,
-            pad_token_id=0,
-            eos_token_id=1,
-            decoder_start_token_id=0,
-            use_cache=False,
-        )
-        text_encoder = UMT5EncoderModel(text).eval()
+        text_encoder = UMT5EncoderModel(text_config(UMT5Config)).eval()
     return WanPipeline(
         tokenizer=make_tokenizer(),
         text_encoder=text_encoder,
@@ -69,16 +55,9 @@ def make_small_wan(seed: int = 0):
     )
 
 
-def _look_around(block: nn.Module) -> None:
+def _open(block: nn.Module) -> None:
     """Shared directions and content in queries and keys; a gate that lets attention into the residual stream."""
-    attention, width = block.attn1, HEADS * HEAD_DIM
-    for linear in (attention.to_q, attention.to_k):
-        linear.weight.copy_(torch.randn(width, width) * CONTENT / math.sqrt(width))
-    for norm in (attention.norm_q, attention.norm_k):
-        norm.weight.fill_(math.sqrt(PEAK / math.sqrt(HEAD_DIM)))
-    for head, band in enumerate(BANDS):
-        channels = slice(head * HEAD_DIM, (head + 1) * HEAD_DIM)
-        attention.to_q.bias[channels] = attention.to_k.bias[channels] = _direction(*band)
+    look_around(block.attn1, CONTENT, (_direction(*band) for band in BANDS))
     block.scale_shift_table[:, 2] += 1.0
 
 

@@ -1,8 +1,10 @@
 """Train a miniature video model in exactly the architecture of CogVideoX or Wan, on clips that are drawn as it trains.
 
-    python scripts/train_demo.py --family cogvideox --minutes 5 --output runs/cogvideox       one GPU
-    accelerate launch scripts/train_demo.py --family wan --minutes 5 --output runs/wan        several
-    python scripts/train_demo.py --family wan --preset small --minutes 20 --output runs/wan   a CPU: shapes that move
+    python -m scripts.miniature.train_demo --family cogvideox --minutes 5 --output runs/cogvideox       one GPU
+    accelerate launch -m scripts.miniature.train_demo --family wan --minutes 5 --output runs/wan        several
+    python -m scripts.miniature.train_demo --family wan --preset small --minutes 20 --output runs/wan   a CPU
+
+On a CPU the small preset learns shapes that move.
 
 First the VAE; then the text encoder by itself, in a few seconds: the embedding of each word has to tell all that its
 phrase says; then transformer and text encoder together. The clock decides: whatever there is when the time is up is
@@ -57,30 +59,30 @@ def main(argv=None):
     accelerator = Accelerator(cpu=args.cpu)
     set_seed(args.seed)
     args.output.mkdir(parents=True, exist_ok=True)
-    job = Job(args, accelerator)
-    job.train_vae()
-    job.train_text()
+    training = Training(args, accelerator)
+    training.train_vae()
+    training.train_text()
     try:
-        job.train_transformer()
+        training.train_transformer()
     finally:  # whatever was learned before something went wrong
-        job.finish()
+        training.finish()
     return 0
 
 
-class Job:
+class Training:
     """One miniature: its parts, its clock, its curve."""
 
     def __init__(self, args, accelerator):
         import torch
 
-        from . import model as _miniature
+        from . import model
 
         self.args, self.accelerator, self.device = args, accelerator, accelerator.device
-        self.family, self.size = _miniature.FAMILIES[args.family], _miniature.SIZES[args.preset]
+        self.family, self.size = model.FAMILIES[args.family], model.SIZES[args.preset]
         self.dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
         self.rng = random.Random(f"{args.seed} {accelerator.process_index}")
         self.generator = torch.Generator(self.device).manual_seed(args.seed * 1000 + accelerator.process_index)
-        self.pipe = _miniature.build_pipeline(self.family, self.size)
+        self.pipe = model.build_pipeline(self.family, self.size)
         self.path = args.output / "state.pt"
         self.state = torch.load(self.path, map_location="cpu", weights_only=True) if self.path.is_file() else {}
         self.curve = self.state.get("curve", [])
@@ -103,11 +105,11 @@ class Job:
 
     def clips(self, number, *, frames, pixels):
         """Scenes, and the clips ``[B, 3, F, H, W]`` that show them."""
-        from . import world as _world
+        from . import world
 
-        scenes = [_world.draw_scene(self.rng) for _ in range(number)]
-        packed = {key: value.to(self.device) for key, value in _world.pack(scenes, self.rng).items()}
-        return scenes, _world.render(packed, frames=frames, size=pixels)
+        scenes = [world.draw_scene(self.rng) for _ in range(number)]
+        packed = {key: value.to(self.device) for key, value in world.pack(scenes, self.rng).items()}
+        return scenes, world.render(packed, frames=frames, size=pixels)
 
     # --- the VAE
 
@@ -115,8 +117,8 @@ class Job:
         import torch
         import torch.nn.functional as F
 
-        from . import model as _miniature
-        from .training import Clock, Gradients, set_rate
+        from . import model
+        from .training import Gradients, TrainingClock, set_rate
 
         vae = self.pipe.vae.to(self.device)
         if "vae" in self.state:
@@ -125,10 +127,10 @@ class Job:
         if self.args.keep_vae or self.state.get("vae_done"):
             return
         vae.train()
-        trained = _miniature.AutoEncoder(vae)
+        trained = model.AutoEncoder(vae)
         optimizer = torch.optim.AdamW(vae.parameters(), lr=1.0, betas=(0.9, 0.99), weight_decay=0.0)
         batches = self.size.vae_batches
-        clock = Clock(self, "vae", self.args.vae_minutes)
+        clock = TrainingClock(self, "vae", self.args.vae_minutes)
 
         def losses(video):
             with torch.autocast(self.device.type, self.dtype, enabled=self.device.type == "cuda"):
@@ -167,14 +169,13 @@ class Job:
         import torch
         import torch.nn.functional as F
 
-        from . import model as _miniature
-        from . import world as _world
-        from .training import Clock, Gradients, set_rate
+        from . import model, world
+        from .training import Gradients, TrainingClock, set_rate
 
         if self.args.keep_text or "model" in self.state:
             return
         encoder = self.pipe.text_encoder.to(self.device).train()
-        reader = torch.nn.Linear(encoder.config.d_model, len(_world.FACTS)).to(self.device)
+        reader = torch.nn.Linear(encoder.config.d_model, len(world.FACTS)).to(self.device)
         weights = [*encoder.parameters(), *reader.parameters()]
         optimizer = torch.optim.AdamW(weights, lr=1.0, betas=(0.9, 0.98), weight_decay=0.0)
 
@@ -186,20 +187,20 @@ class Job:
             return ((errors * words).sum() / words.sum(),)
 
         def batch(scenes):
-            ids = _miniature.token_ids([scene.prompt for scene in scenes], _miniature.TEXT_TOKENS, self.pipe.tokenizer)
-            return [x.to(self.device) for x in (ids, *_miniature.facts(scenes, _miniature.TEXT_TOKENS))]
+            ids = model.token_ids([scene.prompt for scene in scenes], model.TEXT_TOKENS, self.pipe.tokenizer)
+            return [x.to(self.device) for x in (ids, *model.facts(scenes, model.TEXT_TOKENS))]
 
         limit = min(self.size.text_steps, self.args.max_steps or self.size.text_steps)
-        clock = Clock(self, "text", 0, max_steps=limit)
+        clock = TrainingClock(self, "text", 0, max_steps=limit)
         gradients = Gradients(losses, weights, self.accelerator)
         for _ in clock:
-            (loss,) = gradients(*batch([_world.draw_scene(self.rng) for _ in range(64)]))
+            (loss,) = gradients(*batch([world.draw_scene(self.rng) for _ in range(64)]))
             set_rate(optimizer, 2e-3 * clock.rate(warmup=50))
             torch.nn.utils.clip_grad_norm_(weights, 1.0)
             optimizer.step()
             clock.note(loss)
         with torch.no_grad():
-            ids, stated, words = batch(_world.held_out_scenes(256))
+            ids, stated, words = batch(world.held_out_scenes(256))
             right = ((read(ids) > 0) == (stated > 0)).all(-1) | (words == 0)
         share = right.all(-1).float().mean().item()
         self.curve.append({"part": "text", "read": round(share, 4)})
@@ -210,26 +211,26 @@ class Job:
     def train_transformer(self):
         import torch
 
-        from . import model as _miniature
-        from .training import Clock, Gradients, MasterWeights, cast
+        from . import model
+        from .training import Gradients, MasterWeights, TrainingClock, cast
 
         # a copy: rounding to half precision for speed must not reach what is saved
         vae = cast(copy.deepcopy(self.pipe.vae), self.dtype).to(self.device).eval().requires_grad_(False)
-        model = _miniature.Denoiser(self.family, self.pipe.text_encoder, self.pipe.transformer)
+        denoiser = model.Denoiser(self.family, self.pipe.text_encoder, self.pipe.transformer)
         if self.args.compile:
             for block in getattr(self.pipe.transformer, "transformer_blocks", None) or self.pipe.transformer.blocks:
                 block.compile(dynamic=False)
-        masters = MasterWeights(model.to(self.device), self.dtype, matrices=_miniature.is_matrix)
+        masters = MasterWeights(denoiser.to(self.device), self.dtype, matrices=model.is_matrix)
         if "model" in self.state:
             masters.load_state(self.state)
-        model.train()
+        denoiser.train()
         peak = self.args.learning_rate or self.size.learning_rate
-        clock = Clock(self, "transformer", self.args.minutes)
+        clock = TrainingClock(self, "transformer", self.args.minutes)
         self.masters = masters
         extras, saved, pool = {}, time.monotonic(), []
 
         def losses(ids, noisy, timesteps, target):
-            predicted = model(ids, noisy.to(self.dtype), timesteps, extras[noisy.shape])
+            predicted = denoiser(ids, noisy.to(self.dtype), timesteps, extras[noisy.shape])
             return ((predicted.float() - target).square().mean(),)
 
         gradients = Gradients(losses, masters.weights, self.accelerator)
@@ -268,10 +269,10 @@ class Job:
         return (running or self.size.stages[-1:])[0][1:]
 
     def token_ids(self, scenes, length):
-        from . import model as _miniature
+        from . import model
 
         prompts = ["" if self.rng.random() < 0.1 else scene.prompt for scene in scenes]
-        return _miniature.token_ids(prompts, length or _miniature.TEXT_TOKENS, self.pipe.tokenizer).to(self.device)
+        return model.token_ids(prompts, length or model.TEXT_TOKENS, self.pipe.tokenizer).to(self.device)
 
     # --- results
 

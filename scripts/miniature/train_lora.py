@@ -1,7 +1,7 @@
 """Distil a CogVideoX miniature to four steps without guidance: a LoRA whose student runs pyramid sparse attention.
 
-    python scripts/train_lora.py --model runs/cogvideox/pipeline --output runs/lora       one GPU, 4 minutes
-    accelerate launch scripts/train_lora.py --model runs/cogvideox/pipeline --output runs/lora      several
+    python -m scripts.miniature.train_lora --model runs/cogvideox/pipeline --output runs/lora       one GPU, 4 minutes
+    accelerate launch -m scripts.miniature.train_lora --model runs/cogvideox/pipeline --output runs/lora      several
 
 Trajectory distillation. The teacher, dense and with guidance, runs DDIM from noise to video; kept are its states at the
 four timesteps of the student and the end. The student, which sees no guidance, starts from the same noise and learns to
@@ -61,9 +61,9 @@ def main(argv=None):
     accelerator = Accelerator(cpu=args.cpu)
     set_seed(args.seed)
     args.output.mkdir(parents=True, exist_ok=True)
-    job = Distillation(args, accelerator)
-    job.roll_out()
-    job.distil()
+    distillation = Distillation(args, accelerator)
+    distillation.roll_out()
+    distillation.distil()
     return 0
 
 
@@ -114,11 +114,10 @@ class Distillation:
         """Keep states ``[STEPS + 1, B, F, C, H, W]`` of the teacher, and the embeddings of the prompts."""
         import torch
 
-        from . import model as _miniature
-        from . import world as _world
+        from . import model, world
 
         args, pipe = self.args, self.pipe
-        family = _miniature.FAMILIES["cogvideox"]
+        family = model.FAMILIES["cogvideox"]
         config = pipe.transformer.config
         shape = ((config.sample_frames - 1) // 4 + 1, config.in_channels, config.sample_height, config.sample_width)
         states, texts = [], []
@@ -126,7 +125,7 @@ class Distillation:
         with torch.no_grad():
             empty = family.text(pipe.text_encoder, self.ids([""]))
             while True:
-                scenes = [_world.draw_scene(self.rng) for _ in range(args.rollout_batch)]
+                scenes = [world.draw_scene(self.rng) for _ in range(args.rollout_batch)]
                 text = family.text(pipe.text_encoder, self.ids([scene.prompt for scene in scenes]))
                 both = torch.cat([empty.expand_as(text), text])
                 x = torch.randn(len(text), *shape, generator=self.generator, device=self.device)
@@ -161,9 +160,9 @@ class Distillation:
         )
 
     def ids(self, prompts):
-        from . import model as _miniature
+        from . import model
 
-        return _miniature.token_ids(prompts, _miniature.TEXT_TOKENS, self.pipe.tokenizer).to(self.device)
+        return model.token_ids(prompts, model.TEXT_TOKENS, self.pipe.tokenizer).to(self.device)
 
     def predict(self, x, text, step):
         """The transformer's v, float32."""
@@ -221,7 +220,7 @@ class Distillation:
         """Follow the teacher until the time is up or the steps are done; return how many there were."""
         import torch
 
-        from .training import Clock, Gradients
+        from .training import Gradients, TrainingClock
 
         def losses(teacher, text):
             x, total = teacher[0], 0.0
@@ -237,7 +236,7 @@ class Distillation:
                 x = keep * x + add * clean.detach()
             return (total,)
 
-        clock = Clock(self, part, minutes, max_steps=max_steps)
+        clock = TrainingClock(self, part, minutes, max_steps=max_steps)
         gradients = Gradients(losses, masters.weights, self.accelerator)
         for _ in clock:
             chosen = torch.randint(

@@ -7,17 +7,17 @@ import torch
 from diffusers.training_utils import EMAModel
 
 
-class Clock:
+class TrainingClock:
     """Steps of one part until its time is up: what share of it has passed, what to write down and say.
 
     The time counts steps only, so that a run that was interrupted goes on with what is left.
     """
 
-    def __init__(self, job, part, minutes, *, max_steps=None):
-        self.job, self.part, self.budget = job, part, minutes * 60
-        before = job.state.get(part, {})
+    def __init__(self, owner, part, minutes, *, max_steps=None):
+        self.owner, self.part, self.budget = owner, part, minutes * 60
+        before = owner.state.get(part, {})
         self.step, self.spent = before.get("step", 0), before.get("seconds", 0.0)
-        self.limit = job.args.max_steps if max_steps is None else max_steps
+        self.limit = owner.args.max_steps if max_steps is None else max_steps
         self.by_steps = max_steps is not None
         self.progress = 0.0
         self._sum, self._count = None, 0
@@ -40,15 +40,15 @@ class Clock:
             self.spent = time.monotonic() - began
             if self.by_steps:
                 self.progress = self.step / max(self.limit, 1)
-            elif self.job.accelerator.num_processes == 1:
+            elif self.owner.accelerator.num_processes == 1:
                 self.progress = self.spent / self.budget if self.budget else 1.0
             elif self.step % 10 == 0:
                 self.progress = self._agreed(self.spent / self.budget if self.budget else 1.0)
             over = self.progress >= 1 or (self.limit is not None and self.step >= self.limit)
             now = time.monotonic()
-            if self._count and (over or now - told >= self.job.args.log_every or self._count >= 200):
-                self._write(told, told_step, say=over or now - told >= self.job.args.log_every)
-                if over or now - told >= self.job.args.log_every:
+            if self._count and (over or now - told >= self.owner.args.log_every or self._count >= 200):
+                self._write(told, told_step, say=over or now - told >= self.owner.args.log_every)
+                if over or now - told >= self.owner.args.log_every:
                     told, told_step = time.monotonic(), self.step
             if over:
                 return
@@ -59,8 +59,8 @@ class Clock:
 
     def _agreed(self, progress):
         """All processes are in the same stage. Asking takes a synchronisation, so not every step."""
-        value = torch.tensor(progress, device=self.job.device)
-        return self.job.accelerator.reduce(value, "mean").item()
+        value = torch.tensor(progress, device=self.owner.device)
+        return self.owner.accelerator.reduce(value, "mean").item()
 
     def _write(self, told, told_step, *, say):
         loss = (self._sum / self._count).item()
@@ -68,11 +68,11 @@ class Clock:
             raise RuntimeError(f"the loss of the {self.part} is {loss} before step {self.step}")
         self._sum, self._count = None, 0
         point = {"part": self.part, "step": self.step, "seconds": round(self.spent, 1), "loss": round(loss, 5)}
-        self.job.curve.append(point)
+        self.owner.curve.append(point)
         if say:
             speed = (self.step - told_step) / max(time.monotonic() - told, 1e-6)
             memory = f", {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB" if torch.cuda.is_available() else ""
-            self.job.say(
+            self.owner.say(
                 f"{self.part} {100 * min(1, self.progress):3.0f} %, step {self.step}, loss {loss:.4f}, "
                 f"{speed:.1f} steps/s{memory}"
             )
