@@ -16,9 +16,10 @@ from psa_diffusers.models import families  # noqa: F401 - importing them registe
 from psa_diffusers.models.registry import Family, SectionRule, register_family
 from psa_diffusers.pipelines.enable import disable_psa, enable_psa
 from psa_diffusers.pipelines.report import psa_report
-from psa_diffusers.presets.schema import PSAPreset, list_presets, load_preset
-from psa_diffusers.processors.base import FamilyProcessor, PSAProcessor
+from psa_diffusers.presets import PSAPreset, list_presets, load_preset
+from psa_diffusers.processors.base import FamilyProcessor
 from psa_diffusers.processors.clock import WarmupScheduler
+from psa_diffusers.processors.standalone import PSAProcessor
 
 __all__ = [
     "Family",

@@ -12,33 +12,18 @@ import torch
 from torch import Tensor, nn
 
 from psa_diffusers.models.registry import Grid
-from psa_diffusers.processors.base import FamilyProcessor
+from psa_diffusers.processors.base import TEXT_ARGUMENTS, FamilyProcessor, Projected, project_out
 
 
 class CogVideoXPSAProcessor(FamilyProcessor):
     """Pyramid sparse self-attention of a CogVideoX block."""
 
-    def __call__(
-        self,
-        attn: nn.Module,
-        hidden_states: Tensor,
-        encoder_hidden_states: Tensor,
-        attention_mask: Tensor | None = None,
-        image_rotary_emb: tuple[Tensor, Tensor] | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        text = encoder_hidden_states.shape[1]
-        reason = self.why_dense(attn, hidden_states, attention_mask)
-        if reason:
-            return self.dense(
-                reason,
-                hidden_states.shape[1] + text,
-                attn,
-                hidden_states,
-                encoder_hidden_states=encoder_hidden_states,
-                attention_mask=attention_mask,
-                image_rotary_emb=image_rotary_emb,
-            )
-        tokens = torch.cat([encoder_hidden_states, hidden_states], dim=1)
+    arguments = TEXT_ARGUMENTS
+    text_in_sequence = True
+
+    def project(self, attn: nn.Module, given: Mapping[str, Any]) -> Projected:
+        text = given["encoder_hidden_states"]
+        tokens = torch.cat([text, given["hidden_states"]], dim=1)
         if "Fused" in type(self.original).__name__:
             q, k, v = attn.to_qkv(tokens).chunk(3, dim=-1)
         else:
@@ -46,10 +31,12 @@ class CogVideoXPSAProcessor(FamilyProcessor):
         q, k, v = (x.unflatten(2, (attn.heads, -1)).transpose(1, 2) for x in (q, k, v))
         q = q if attn.norm_q is None else attn.norm_q(q)
         k = k if attn.norm_k is None else attn.norm_k(k)
-        rotate_behind(text, (q, k), image_rotary_emb)
-        out = self.sparse(q, k, v, text_tokens=text)
-        out = attn.to_out[1](attn.to_out[0](out.transpose(1, 2).flatten(2)))
-        return out[:, text:], out[:, :text]
+        rotate_behind(text.shape[1], (q, k), given.get("image_rotary_emb"))
+        return q, k, v
+
+    def put_out(self, attn: nn.Module, out: Tensor, given: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+        tokens, text = project_out(attn, out), given["encoder_hidden_states"].shape[1]
+        return tokens[:, text:], tokens[:, :text]
 
 
 def rotate_behind(text: int, projections: tuple[Tensor, ...], rotary: tuple[Tensor, Tensor] | None) -> None:

@@ -5,13 +5,14 @@ Mirrors `CosmosAttnProcessor2_0` of diffusers/models/transformers/transformer_co
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from psa_diffusers.models.grid import read_latents
 from psa_diffusers.models.registry import Family, SectionRule, register_family
-from psa_diffusers.processors.base import FamilyProcessor
+from psa_diffusers.processors.base import TEXT_ARGUMENTS, FamilyProcessor, Projected, split_heads
 
 UPSTREAM_DIGESTS = {
     "diffusers.models.transformers.transformer_cosmos.CosmosAttnProcessor2_0": {"3bc2d0052d88", "5ec61c5c7542"},
@@ -22,37 +23,17 @@ UPSTREAM_DIGESTS = {
 class CosmosPSAProcessor(FamilyProcessor):
     """Pyramid sparse self-attention of a Cosmos block."""
 
-    def __call__(
-        self,
-        attn: nn.Module,
-        hidden_states: Tensor,
-        encoder_hidden_states: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        image_rotary_emb: tuple[Tensor, Tensor] | None = None,
-    ) -> Tensor:
-        reason = self.why_dense(attn, hidden_states, attention_mask)
-        if encoder_hidden_states is not None:
-            reason = "cross-attention"
-        if reason:
-            return self.dense(
-                reason,
-                hidden_states.shape[1],
-                attn,
-                hidden_states,
-                encoder_hidden_states=encoder_hidden_states,
-                attention_mask=attention_mask,
-                image_rotary_emb=image_rotary_emb,
-            )
-        projections = (attn.to_q, attn.to_k, attn.to_v)
-        q, k, v = (to(hidden_states).unflatten(2, (attn.heads, -1)).transpose(1, 2) for to in projections)
+    arguments = TEXT_ARGUMENTS
+
+    def project(self, attn: nn.Module, given: Mapping[str, Any]) -> Projected:
+        heads = split_heads(given["hidden_states"], attn.heads, attn.to_q, attn.to_k, attn.to_v)
+        q, k, v = (x.transpose(1, 2) for x in heads)
         q, k = attn.norm_q(q), attn.norm_k(k)
-        if image_rotary_emb is not None:
+        if (angles := given.get("image_rotary_emb")) is not None:
             from diffusers.models.embeddings import apply_rotary_emb
 
-            q, k = (apply_rotary_emb(x, image_rotary_emb, use_real_unbind_dim=-2) for x in (q, k))
-
-        out = self.sparse(q, k, v).transpose(1, 2).flatten(2).type_as(q)
-        return attn.to_out[1](attn.to_out[0](out))
+            q, k = (apply_rotary_emb(x, angles, use_real_unbind_dim=-2) for x in (q, k))
+        return q, k, v
 
 
 def make_default(config: Any, path: str, attn: nn.Module) -> Any:

@@ -5,6 +5,9 @@ Mirrors `EasyAnimateAttnProcessor2_0` of diffusers/models/transformers/transform
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -12,7 +15,7 @@ from psa_diffusers.models.cogvideox_attention import rotate_behind
 from psa_diffusers.models.grid import read_latents
 from psa_diffusers.models.joint_attention import norm, project_back
 from psa_diffusers.models.registry import Family, SectionRule, make_instance_of, register_family
-from psa_diffusers.processors.base import FamilyProcessor
+from psa_diffusers.processors.base import TEXT_ARGUMENTS, FamilyProcessor, Projected, split_heads
 
 UPSTREAM = "diffusers.models.transformers.transformer_easyanimate.EasyAnimateAttnProcessor2_0"
 UPSTREAM_DIGESTS = {
@@ -27,37 +30,25 @@ UPSTREAM_DIGESTS = {
 class EasyAnimatePSAProcessor(FamilyProcessor):
     """Pyramid sparse self-attention of an EasyAnimate block."""
 
-    def __call__(
-        self,
-        attn: nn.Module,
-        hidden_states: Tensor,
-        encoder_hidden_states: Tensor,
-        attention_mask: Tensor | None = None,
-        image_rotary_emb: tuple[Tensor, Tensor] | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        text = encoder_hidden_states.shape[1]
-        reason = self.why_dense(attn, hidden_states, attention_mask)
-        if reason:
-            return self.dense(
-                reason,
-                hidden_states.shape[1] + text,
-                attn,
-                hidden_states,
-                encoder_hidden_states=encoder_hidden_states,
-                attention_mask=attention_mask,
-                image_rotary_emb=image_rotary_emb,
-            )
-        q, k, v = project(attn, encoder_hidden_states, hidden_states)
-        rotate_behind(text, (q, k), image_rotary_emb)
-        out = self.sparse(q, k, v, text_tokens=text).transpose(1, 2).flatten(2).to(q.dtype)
-        return project_back(attn, out[:, text:], out[:, :text])
+    arguments = TEXT_ARGUMENTS
+    text_in_sequence = True
+
+    def project(self, attn: nn.Module, given: Mapping[str, Any]) -> Projected:
+        text = given["encoder_hidden_states"]
+        q, k, v = project(attn, text, given["hidden_states"])
+        rotate_behind(text.shape[1], (q, k), given.get("image_rotary_emb"))
+        return q, k, v
+
+    def put_out(self, attn: nn.Module, out: Tensor, given: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+        tokens, text = out.transpose(1, 2).flatten(2), given["encoder_hidden_states"].shape[1]
+        return project_back(attn, tokens[:, text:], tokens[:, :text])
 
 
 def project(attn: nn.Module, text: Tensor, video: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return normed q, k and v ``[B, H, L, D]`` of text and then video."""
 
     def heads_of(tokens: Tensor, *projections: nn.Module) -> list[Tensor]:
-        return [to(tokens).unflatten(2, (attn.heads, -1)).transpose(1, 2) for to in projections]
+        return [x.transpose(1, 2) for x in split_heads(tokens, attn.heads, *projections)]
 
     has_two_streams = attn.add_q_proj is not None
     tokens = video if has_two_streams else torch.cat([text, video], dim=1)

@@ -1,4 +1,4 @@
-"""The denoiser families. Importing a family's file registers it."""
+"""All families. Importing a family's file registers it."""
 
 from psa_diffusers.models import (
     allegro,

@@ -5,13 +5,16 @@ Mirrors `HeliosAttnProcessor` of diffusers/models/transformers/transformer_helio
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from psa_diffusers.models.grid import read_latents
 from psa_diffusers.models.registry import Family, SectionRule, register_family
 from psa_diffusers.models.wan_attention import project
-from psa_diffusers.processors.base import FamilyProcessor
+from psa_diffusers.processors.base import FamilyProcessor, Projected
 
 UPSTREAM_DIGESTS = {
     "diffusers.models.transformers.transformer_helios.HeliosAttnProcessor": {"cee6afffceee"},
@@ -22,35 +25,27 @@ UPSTREAM_DIGESTS = {
 class HeliosPSAProcessor(FamilyProcessor):
     """Pyramid sparse self-attention of a Helios block; the history is read in full."""
 
-    def __call__(
-        self,
-        attn: nn.Module,
-        hidden_states: Tensor,
-        encoder_hidden_states: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        rotary_emb: Tensor | None = None,
-        original_context_length: int | None = None,
-    ) -> Tensor:
-        reason = self.why_dense(attn, hidden_states, attention_mask, context=True)
-        if encoder_hidden_states is not None:
-            reason = "cross-attention"
-        if reason:
-            arguments = (hidden_states, encoder_hidden_states, attention_mask, rotary_emb, original_context_length)
-            return self.dense(reason, hidden_states.shape[1], attn, *arguments)
-        q, k, v = project(attn, hidden_states)
-        if rotary_emb is not None:
+    arguments = (
+        "hidden_states",
+        "encoder_hidden_states",
+        "attention_mask",
+        "rotary_emb",
+        "original_context_length",
+    )
+    has_context = True
+
+    def project(self, attn: nn.Module, given: Mapping[str, Any]) -> Projected:
+        q, k, v = project(attn, given["hidden_states"])
+        if (angles := given.get("rotary_emb")) is not None:
             from diffusers.models.transformers.transformer_helios import apply_rotary_emb_transposed
 
-            q, k = apply_rotary_emb_transposed(q, rotary_emb), apply_rotary_emb_transposed(k, rotary_emb)
-        history = self.context_tokens(hidden_states)
+            q, k = apply_rotary_emb_transposed(q, angles), apply_rotary_emb_transposed(k, angles)
+        history = self.context_tokens(given["hidden_states"])
         if attn.is_amplify_history and history:
             scale = 1.0 + torch.sigmoid(attn.history_key_scale) * (attn.max_scale - 1.0)
             scale = scale.view(1, 1, -1, 1) if attn.history_scale_mode == "per_head" else scale
             k = torch.cat([k[:, :history] * scale, k[:, history:]], dim=1)
-
-        out = self.sparse(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), text_tokens=history)
-        out = out.transpose(1, 2).flatten(2).type_as(q)
-        return attn.to_out[1](attn.to_out[0](out))
+        return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
 
 
 register_family(

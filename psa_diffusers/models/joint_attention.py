@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from psa_diffusers.models.registry import make_instance_of
-from psa_diffusers.processors.base import FamilyProcessor
+from psa_diffusers.processors.base import TEXT_ARGUMENTS, FamilyProcessor, Projected
 
 UPSTREAM = "diffusers.models.transformers.transformer_hunyuan_video.HunyuanVideoAttnProcessor2_0"
 """The processor of HunyuanVideo and Framepack."""
@@ -23,43 +23,30 @@ UPSTREAM = "diffusers.models.transformers.transformer_hunyuan_video.HunyuanVideo
 class JointPSAProcessor(FamilyProcessor):
     """Pyramid sparse self-attention of a block with one stream (one projection for all) or two.
 
-    Attributes:
-        has_context: Whether history stands before the video in the sequence. Like text, it reads and is read at full
-            resolution.
+    History, where a family has any, stands before the video in the sequence.
     """
 
-    has_context = False
+    arguments = TEXT_ARGUMENTS
+    text_in_sequence = True
+    masks_padding = True
 
-    def __call__(
-        self,
-        attn: nn.Module,
-        hidden_states: Tensor,
-        encoder_hidden_states: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        image_rotary_emb: tuple[Tensor, Tensor] | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        text = encoder_hidden_states.shape[1]
-        reason = self.why_dense(attn, hidden_states, None, context=self.has_context)
-        if reason:
-            return self.dense(
-                reason,
-                hidden_states.shape[1] + text,
-                attn,
-                hidden_states,
-                encoder_hidden_states=encoder_hidden_states,
-                attention_mask=attention_mask,
-                image_rotary_emb=image_rotary_emb,
-            )
-        context = self.context_tokens(hidden_states)
-        q, k, v = project(attn, hidden_states, encoder_hidden_states, image_rotary_emb)
+    def project(self, attn: nn.Module, given: Mapping[str, Any]) -> Projected:
+        video, text = given["hidden_states"], given["encoder_hidden_states"]
+        q, k, v = project(attn, video, text, given.get("image_rotary_emb"))
+        return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, given: Mapping[str, Any]) -> Tensor:
+        text = given["encoder_hidden_states"].shape[1]
+        context = self.context_tokens(given["hidden_states"]) if self.has_context else 0
         # PSA wants the video in front and all that is read in full behind it
-        q, k, v = (roll(x, context, x.shape[1] - text).transpose(1, 2) for x in (q, k, v))
+        end = q.shape[2] - text
+        q, k, v = (roll(x, context, end) for x in (q, k, v))
         lengths = self.site.text_lengths + context
-        out = self.sparse_padded(q, k, v, text_tokens=text + context, text_lengths=lengths)
+        return roll(self.sparse_padded(q, k, v, text_tokens=text + context, text_lengths=lengths), end - context, end)
 
-        out = out.transpose(1, 2)
-        out = roll(out, out.shape[1] - text - context, out.shape[1] - text).flatten(2)
-        return project_back(attn, out[:, :-text], out[:, -text:])
+    def put_out(self, attn: nn.Module, out: Tensor, given: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+        tokens, text = out.transpose(1, 2).flatten(2), given["encoder_hidden_states"].shape[1]
+        return project_back(attn, tokens[:, :-text], tokens[:, -text:])
 
 
 def rotate(x: Tensor, rotary: tuple[Tensor, Tensor] | None) -> Tensor:
@@ -105,8 +92,8 @@ def project_back(attn: nn.Module, video: Tensor, text: Tensor) -> tuple[Tensor, 
 
 
 def roll(x: Tensor, first: int, end: int) -> Tensor:
-    """Move the first tokens of ``[B, L, ...]`` behind those up to `end`."""
-    return torch.cat([x[:, first:end], x[:, :first], x[:, end:]], dim=1) if 0 < first < end else x
+    """Move the first tokens of ``[B, H, L, D]`` behind those up to `end`."""
+    return torch.cat([x[:, :, first:end], x[:, :, :first], x[:, :, end:]], dim=2) if 0 < first < end else x
 
 
 def count_valid(masks: Tensor) -> Tensor | None:

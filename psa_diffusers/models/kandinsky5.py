@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from psa_diffusers.models.registry import Family, Grid, SectionRule, register_family
-from psa_diffusers.processors.base import FamilyProcessor
+from psa_diffusers.processors.base import FamilyProcessor, Projected, split_heads
 
 UPSTREAM_DIGESTS = {
     "diffusers.models.transformers.transformer_kandinsky.Kandinsky5AttnProcessor": {"5cc3419de992"},
@@ -23,37 +23,21 @@ UPSTREAM_DIGESTS = {
 class Kandinsky5PSAProcessor(FamilyProcessor):
     """Pyramid sparse self-attention over the video of a Kandinsky 5 block."""
 
-    def __call__(
-        self,
-        attn: nn.Module,
-        hidden_states: Tensor,
-        encoder_hidden_states: Tensor | None = None,
-        rotary_emb: Tensor | None = None,
-        sparse_params: dict[str, Any] | None = None,
-    ) -> Tensor:
-        reason = self.why_dense(attn, hidden_states, None)
-        if encoder_hidden_states is not None:
-            reason = "cross-attention"
-        elif sparse_params is not None and not reason:
-            reason = "the model's own block-sparse attention is in use"
-        if reason:
-            return self.dense(
-                reason,
-                hidden_states.shape[1],
-                attn,
-                hidden_states,
-                encoder_hidden_states=encoder_hidden_states,
-                rotary_emb=rotary_emb,
-                sparse_params=sparse_params,
-            )
-        projections = (attn.to_query, attn.to_key, attn.to_value)
-        q, k, v = (to(hidden_states).unflatten(2, (attn.num_heads, -1)) for to in projections)
-        q, k = attn.query_norm(q.float()).type_as(q), attn.key_norm(k.float()).type_as(k)
-        if rotary_emb is not None:
-            q, k = rotate(q, rotary_emb), rotate(k, rotary_emb)
+    arguments = ("hidden_states", "encoder_hidden_states", "rotary_emb", "sparse_params")
 
-        out = self.sparse(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
+    def project(self, attn: nn.Module, given: Mapping[str, Any]) -> Projected:
+        projections = (attn.to_query, attn.to_key, attn.to_value)
+        q, k, v = split_heads(given["hidden_states"], attn.num_heads, *projections)
+        q, k = attn.query_norm(q.float()).type_as(q), attn.key_norm(k.float()).type_as(k)
+        if (rotations := given.get("rotary_emb")) is not None:
+            q, k = rotate(q, rotations), rotate(k, rotations)
+        return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+
+    def put_out(self, attn: nn.Module, out: Tensor, given: Mapping[str, Any]) -> Tensor:
         return attn.out_layer(out.transpose(1, 2).flatten(2))
+
+    def why_not(self, given: Mapping[str, Any]) -> str:
+        return "the model's own block-sparse attention is in use" if given.get("sparse_params") is not None else ""
 
     def head_dim(self, attn: nn.Module) -> int:
         return attn.to_query.out_features // attn.num_heads

@@ -8,11 +8,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from psa_diffusers.models.grid import read_coordinates
 from psa_diffusers.models.registry import Family, Grid, SectionRule, register_family
-from psa_diffusers.processors.base import FamilyProcessor
+from psa_diffusers.processors.base import TEXT_ARGUMENTS, FamilyProcessor, Projected
 
 UPSTREAM_DIGESTS = {
     "diffusers.models.transformers.transformer_ltx.LTXVideoAttnProcessor": {
@@ -27,32 +27,18 @@ UPSTREAM_DIGESTS = {
 class LTXPSAProcessor(FamilyProcessor):
     """Pyramid sparse self-attention of an LTX-Video block."""
 
-    def __call__(
-        self,
-        attn: nn.Module,
-        hidden_states: Tensor,
-        encoder_hidden_states: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        image_rotary_emb: tuple[Tensor, Tensor] | None = None,
-    ) -> Tensor:
-        reason = self.why_dense(attn, hidden_states, attention_mask, context=True)
-        if encoder_hidden_states is not None:
-            reason = "cross-attention"
-        if reason:
-            tokens = hidden_states.shape[1]
-            arguments = (hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb)
-            return self.dense(reason, tokens, attn, *arguments)
-        q, k, v = attn.to_q(hidden_states), attn.to_k(hidden_states), attn.to_v(hidden_states)
-        q, k = attn.norm_q(q), attn.norm_k(k)
-        if image_rotary_emb is not None:
+    arguments = TEXT_ARGUMENTS
+    has_context = True
+
+    def project(self, attn: nn.Module, given: Mapping[str, Any]) -> Projected:
+        tokens = given["hidden_states"]
+        q, k, v = attn.norm_q(attn.to_q(tokens)), attn.norm_k(attn.to_k(tokens)), attn.to_v(tokens)
+        if (angles := given.get("image_rotary_emb")) is not None:
             from diffusers.models.transformers.transformer_ltx import apply_rotary_emb
 
-            q, k = apply_rotary_emb(q, image_rotary_emb), apply_rotary_emb(k, image_rotary_emb)
+            q, k = apply_rotary_emb(q, angles), apply_rotary_emb(k, angles)
         q, k, v = (x.unflatten(2, (attn.heads, -1)).transpose(1, 2) for x in (q, k, v))
-
-        out = self.sparse(q, k, v, text_tokens=self.context_tokens(hidden_states))
-        out = out.transpose(1, 2).flatten(2).to(q.dtype)
-        return attn.to_out[1](attn.to_out[0](out))
+        return q, k, v
 
 
 def read_grid(config: Any, inputs: Mapping[str, Any]) -> Grid | None:

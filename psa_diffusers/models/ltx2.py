@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from psa_diffusers.models.registry import Family, Grid, SectionRule, register_family
-from psa_diffusers.processors.base import FamilyProcessor
+from psa_diffusers.processors.base import FamilyProcessor, Projected, project_out
 
 UPSTREAM_DIGESTS = {
     "diffusers.models.transformers.transformer_ltx2.LTX2AudioVideoAttnProcessor": {"49e4d7077b2a", "0391667b7f0a"},
@@ -25,38 +25,35 @@ UPSTREAM_DIGESTS = {
 class LTX2PSAProcessor(FamilyProcessor):
     """Pyramid sparse self-attention over the video of an LTX-2 block."""
 
-    def __call__(
-        self,
-        attn: nn.Module,
-        hidden_states: Tensor,
-        encoder_hidden_states: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        query_rotary_emb: tuple[Tensor, Tensor] | None = None,
-        key_rotary_emb: tuple[Tensor, Tensor] | None = None,
-        perturbation_mask: Tensor | None = None,
-        all_perturbed: Any = None,
-    ) -> Tensor:
-        reason = self.why_dense(attn, hidden_states, attention_mask, context=True)
-        if encoder_hidden_states is not None:
-            reason = "cross-attention"
-        elif perturbation_mask is not None and not reason:
-            reason = "spatio-temporal guidance leaves attention out in this layer"
-        if reason:
-            arguments = (hidden_states, encoder_hidden_states, attention_mask, query_rotary_emb, key_rotary_emb)
-            perturbed = {"perturbation_mask": perturbation_mask, "all_perturbed": all_perturbed}
-            given = {name: value for name, value in perturbed.items() if value is not None}
-            return self.dense(reason, hidden_states.shape[1], attn, *arguments, **given)
-        q, k, v = attn.to_q(hidden_states), attn.to_k(hidden_states), attn.to_v(hidden_states)
-        q, k = attn.norm_q(q), attn.norm_k(k)
-        if query_rotary_emb is not None:
-            rotate = find_rotation(attn.rope_type)
-            q, k = rotate(q, query_rotary_emb), rotate(k, key_rotary_emb or query_rotary_emb)
-        q, k, v = (x.unflatten(2, (attn.heads, -1)).transpose(1, 2) for x in (q, k, v))
+    arguments = (
+        "hidden_states",
+        "encoder_hidden_states",
+        "attention_mask",
+        "query_rotary_emb",
+        "key_rotary_emb",
+        "perturbation_mask",
+        "all_perturbed",
+    )
+    has_context = True
 
-        out = self.sparse(q, k, v, text_tokens=self.context_tokens(hidden_states)).transpose(1, 2).to(q.dtype)
+    def project(self, attn: nn.Module, given: Mapping[str, Any]) -> Projected:
+        tokens = given["hidden_states"]
+        q, k, v = attn.norm_q(attn.to_q(tokens)), attn.norm_k(attn.to_k(tokens)), attn.to_v(tokens)
+        if (angles := given.get("query_rotary_emb")) is not None:
+            rotate = find_rotation(attn.rope_type)
+            q, k = rotate(q, angles), rotate(k, given.get("key_rotary_emb") or angles)
+        q, k, v = (x.unflatten(2, (attn.heads, -1)).transpose(1, 2) for x in (q, k, v))
+        return q, k, v
+
+    def put_out(self, attn: nn.Module, out: Tensor, given: Mapping[str, Any]) -> Tensor:
         if getattr(attn, "to_gate_logits", None) is not None:
-            out = out * (2.0 * torch.sigmoid(attn.to_gate_logits(hidden_states))).unsqueeze(-1)
-        return attn.to_out[1](attn.to_out[0](out.flatten(2)))
+            gates = 2.0 * torch.sigmoid(attn.to_gate_logits(given["hidden_states"]))
+            out = out * gates.transpose(1, 2).unsqueeze(-1)
+        return project_out(attn, out)
+
+    def why_not(self, given: Mapping[str, Any]) -> str:
+        is_perturbed = given.get("perturbation_mask") is not None
+        return "spatio-temporal guidance leaves attention out in this layer" if is_perturbed else ""
 
 
 def find_rotation(kind: str) -> Any:

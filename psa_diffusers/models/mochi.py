@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from psa_diffusers.models.grid import read_latents
-from psa_diffusers.models.joint_attention import count_valid, project, project_back
+from psa_diffusers.models.joint_attention import JointPSAProcessor, count_valid, project
 from psa_diffusers.models.registry import Family, SectionRule, make_instance_of, register_family
-from psa_diffusers.processors.base import FamilyProcessor
+from psa_diffusers.processors.base import Projected
 
 UPSTREAM = "diffusers.models.attention_processor.MochiAttnProcessor2_0"
 UPSTREAM_DIGESTS = {
@@ -23,34 +23,13 @@ UPSTREAM_DIGESTS = {
 """Start of the SHA-256 of the source of `__call__` in the diffusers versions that were read and tested."""
 
 
-class MochiPSAProcessor(FamilyProcessor):
+class MochiPSAProcessor(JointPSAProcessor):
     """Pyramid sparse self-attention of a Mochi block."""
 
-    def __call__(
-        self,
-        attn: nn.Module,
-        hidden_states: Tensor,
-        encoder_hidden_states: Tensor,
-        attention_mask: Tensor,
-        image_rotary_emb: tuple[Tensor, Tensor] | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        text = encoder_hidden_states.shape[1]
-        reason = self.why_dense(attn, hidden_states, None)  # the mask is that of the text, which is left out instead
-        if reason:
-            return self.dense(
-                reason,
-                hidden_states.shape[1] + text,
-                attn,
-                hidden_states,
-                encoder_hidden_states=encoder_hidden_states,
-                attention_mask=attention_mask,
-                image_rotary_emb=image_rotary_emb,
-            )
-        projected = project(attn, hidden_states, encoder_hidden_states, image_rotary_emb, rotate)
-        q, k, v = (x.transpose(1, 2) for x in projected)
-        out = self.sparse_padded(q, k, v, text_tokens=text, text_lengths=self.site.text_lengths)
-        out = out.transpose(1, 2).flatten(2)
-        return project_back(attn, out[:, :-text], out[:, -text:])
+    def project(self, attn: nn.Module, given: Mapping[str, Any]) -> Projected:
+        video, text = given["hidden_states"], given["encoder_hidden_states"]
+        q, k, v = project(attn, video, text, given.get("image_rotary_emb"), rotate)
+        return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
 
 
 def rotate(x: Tensor, rotary: tuple[Tensor, Tensor] | None) -> Tensor:

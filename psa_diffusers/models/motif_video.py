@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from psa_diffusers.models.grid import read_latents
-from psa_diffusers.models.joint_attention import JointPSAProcessor, count_valid, project
+from psa_diffusers.models.joint_attention import JointPSAProcessor, count_valid
 from psa_diffusers.models.registry import Family, SectionRule, register_family
 
 UPSTREAM_DIGESTS = {
@@ -21,23 +21,23 @@ UPSTREAM_DIGESTS = {
 class MotifVideoPSAProcessor(JointPSAProcessor):
     """Pyramid sparse self-attention of a Motif-Video block."""
 
-    def __call__(
-        self,
-        attn: nn.Module,
-        hidden_states: Tensor,
-        encoder_hidden_states: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        image_rotary_emb: tuple[Tensor, Tensor] | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        arguments = (attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb)
-        is_decoder = encoder_hidden_states.shape == hidden_states.shape and attention_mask is None
-        if not is_decoder or self.why_dense(attn, hidden_states, attention_mask):
-            return super().__call__(*arguments)
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, given: Mapping[str, Any]) -> Tensor:
+        if not is_decoder(given):
+            return super().attend(q, k, v, given)
         # the video and the encoder's version of it: a grid of twice the frames
-        frames, height, width = self.site.grid
-        q, k, v = (x.transpose(1, 2) for x in project(attn, hidden_states, encoder_hidden_states, image_rotary_emb))
-        out = self.sparse(q, k, v, grid=(2 * frames, height, width)).transpose(1, 2).flatten(2)
-        return out.chunk(2, dim=1)
+        frames, height, width = self._grid()
+        return self.sparse(q, k, v, grid=(2 * frames, height, width))
+
+    def put_out(self, attn: nn.Module, out: Tensor, given: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+        if not is_decoder(given):
+            return super().put_out(attn, out, given)
+        first, second = out.transpose(1, 2).flatten(2).chunk(2, dim=1)
+        return first, second
+
+
+def is_decoder(given: Mapping[str, Any]) -> bool:
+    """Whether the block reads two versions of the video instead of video and text."""
+    return given["encoder_hidden_states"].shape == given["hidden_states"].shape and given.get("attention_mask") is None
 
 
 def read_text(config: Any, inputs: Mapping[str, Any]) -> Tensor | None:

@@ -6,36 +6,25 @@ other models, one call changed.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
-from psa_diffusers.processors.base import FamilyProcessor
+from psa_diffusers.processors.base import FamilyProcessor, Projected
 
 
 class WanPSAProcessor(FamilyProcessor):
     """Pyramid sparse self-attention of a Wan block."""
 
-    def __call__(
-        self,
-        attn: nn.Module,
-        hidden_states: Tensor,
-        encoder_hidden_states: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        rotary_emb: tuple[Tensor, Tensor] | Tensor | None = None,
-    ) -> Tensor:
-        reason = self.why_dense(attn, hidden_states, attention_mask)
-        if encoder_hidden_states is not None:
-            reason = "cross-attention"
-        if reason:
-            tokens = hidden_states.shape[1]
-            return self.dense(reason, tokens, attn, hidden_states, encoder_hidden_states, attention_mask, rotary_emb)
-        q, k, v = project(attn, hidden_states)
-        if rotary_emb is not None:
-            q, k = rotate(q, rotary_emb), rotate(k, rotary_emb)
+    arguments = ("hidden_states", "encoder_hidden_states", "attention_mask", "rotary_emb")
 
-        out = self.sparse(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
-        out = out.transpose(1, 2).flatten(2).type_as(q)
-        return attn.to_out[1](attn.to_out[0](out))
+    def project(self, attn: nn.Module, given: Mapping[str, Any]) -> Projected:
+        q, k, v = project(attn, given["hidden_states"])
+        if (angles := given.get("rotary_emb")) is not None:
+            q, k = rotate(q, angles), rotate(k, angles)
+        return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
 
 
 def project(attn: nn.Module, tokens: Tensor) -> list[Tensor]:

@@ -2,48 +2,33 @@
 
 from __future__ import annotations
 
-import functools
-import importlib.abc
-import importlib.util
-import inspect
 import logging
-import sys
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from psa_diffusers.models.registry import Family, find_family, supported, unwrap
-from psa_diffusers.pipelines.host import is_running, pop_subclass, push_subclass
-from psa_diffusers.pipelines.report import SWITCH, Recorder
-from psa_diffusers.presets.schema import PSAPreset, load_preset
+from psa_diffusers.pipelines.callback import call_with_clock
+from psa_diffusers.pipelines.host import (
+    add_to_pipelines,
+    is_running,
+    pop_subclass,
+    push_subclass,
+    refuse_impossible,
+    register_for_guiders,
+)
+from psa_diffusers.pipelines.state import Switch, set_state, state_of
+from psa_diffusers.presets import PSAPreset, load_preset
 from psa_diffusers.processors import ulysses
-from psa_diffusers.processors.base import FamilyProcessor, PSAProcessor, Run, Site, resolve_preset
+from psa_diffusers.processors.base import FamilyProcessor
+from psa_diffusers.processors.choice import resolve_preset
+from psa_diffusers.processors.run import Run, Site
+from psa_diffusers.processors.standalone import PSAProcessor
 
 __all__ = ["disable_psa", "enable_psa"]
 
 logger = logging.getLogger("psa_diffusers")
-
-DEFAULT_PRESET = "_psa_default_preset"
-"""Attribute of a pipeline: section and name of the preset that its LoRA was trained with, if it has such a LoRA."""
-
-
-@dataclass
-class _Switch:
-    """Everything `disable_psa` has to undo; lives on the pipeline while PSA is on."""
-
-    run: Run
-    arguments: dict[str, Any]
-    sites: list[tuple[nn.Module, Site]]
-    processors: list[tuple[nn.Module, FamilyProcessor]] = field(default_factory=list)
-    hooks: list[Any] = field(default_factory=list)
-    subclass: type | None = None
-    call: Any = None
-
-    @property
-    def psa_recorders(self) -> list[Recorder]:
-        return [] if self.run.recorder is None else [self.run.recorder]
 
 
 def enable_psa(
@@ -81,7 +66,7 @@ def enable_psa(
     found = find_denoisers(pipe)
     _check_free(pipe, found)
     _, denoiser, family = found[0]
-    of_lora = getattr(pipe, DEFAULT_PRESET, None)
+    of_lora = state_of(pipe).default_preset
     if preset is None and of_lora is not None:
         resolved = load_preset(*of_lora, config=config, **overrides)
         title = f"PSA preset {resolved.name!r} of section {of_lora[0]}, which the LoRA was trained with"
@@ -89,20 +74,20 @@ def enable_psa(
         resolved, title = resolve_preset(preset, config, overrides, family=family, denoiser=denoiser, pipe=pipe)
     run = Run(resolved, title, report=report)
     sites = [(denoiser, Site(name, denoiser, family, run)) for name, denoiser, family in found]
-    switch = _Switch(run, {"preset": preset, "config": config, "report": report, **overrides}, sites)
+    switch = Switch(run, {"preset": preset, "config": config, "report": report, **overrides}, sites)
     for denoiser, site in sites:
         switch.processors += _make_processors(denoiser, site)
     _refuse_ring(switch)
 
     # nothing above changes anything, nothing below can fail
-    _register_for_guiders(switch.processors)
+    register_for_guiders(type(processor) for _, processor in switch.processors)
     for attention, processor in switch.processors:
         attention.processor = processor
     for denoiser, site in sites:
-        switch.hooks.append(denoiser.register_forward_pre_hook(_refuse_impossible, with_kwargs=True))
+        switch.hooks.append(denoiser.register_forward_pre_hook(refuse_impossible, with_kwargs=True))
         switch.hooks.append(denoiser.register_forward_pre_hook(site.before_forward, with_kwargs=True))
-    setattr(pipe, SWITCH, switch)
-    switch.call = _call_with_clock(type(pipe))
+    set_state(pipe, switch=switch)
+    switch.call = call_with_clock(type(pipe), _check_before_call)
     switch.subclass = push_subclass(pipe, {"__call__": switch.call})
     names = " and ".join(name for name, _, _ in found)
     logger.info(
@@ -122,7 +107,7 @@ def disable_psa(pipe: Any) -> Any:
     Returns:
         The pipeline itself.
     """
-    switch = getattr(pipe, SWITCH, None)
+    switch = state_of(pipe).switch
     if switch is None:
         return pipe
     switch.run.switch_off()
@@ -131,7 +116,7 @@ def disable_psa(pipe: Any) -> Any:
             attention.processor = processor.original
     for hook in switch.hooks:
         hook.remove()
-    delattr(pipe, SWITCH)
+    set_state(pipe, switch=None)
     pop_subclass(pipe, switch.subclass)
     return pipe
 
@@ -183,7 +168,7 @@ def find_denoisers(pipe: Any) -> list[tuple[str, nn.Module, Family]]:
 
 
 def _check_free(pipe: Any, found: list[tuple[str, nn.Module, Family]]) -> None:
-    if getattr(pipe, SWITCH, None) is not None:
+    if state_of(pipe).switch is not None:
         raise RuntimeError("PSA is already enabled on this pipeline; call disable_psa(pipe) before changing the preset")
     for name, denoiser, _ in found:
         if any(
@@ -215,52 +200,12 @@ def _make_processors(denoiser: nn.Module, site: Site) -> list[tuple[nn.Module, F
     return made
 
 
-def _call_with_clock(cls: type) -> Any:
-    """Make the `__call__` of a subclass of a pipeline class that feeds the clock."""
-    parameters = inspect.signature(cls.__call__)
-    takes_callback = "callback_on_step_end" in parameters.parameters
-
-    @functools.wraps(cls.__call__)
-    def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
-        switch = getattr(self, SWITCH, None)
-        if switch is None or switch.call is not __call__:
-            return cls.__call__(self, *args, **kwargs)
-        _refuse_ring(switch)
-        _check_processors(switch)
-        switch.run.begin(self, fed_by_callback=takes_callback)
-        try:
-            if takes_callback:
-                try:
-                    bound = parameters.bind_partial(self, *args, **kwargs)
-                except TypeError:
-                    return cls.__call__(self, *args, **kwargs)  # lets the pipeline complain in its own words
-                theirs = bound.arguments.get("callback_on_step_end")
-                bound.arguments["callback_on_step_end"] = _join(theirs, switch.run.clock)
-                args, kwargs = bound.args[1:], bound.kwargs
-            return cls.__call__(self, *args, **kwargs)
-        finally:
-            switch.run.end()
-
-    return __call__
+def _check_before_call(switch: Switch) -> None:
+    _refuse_ring(switch)
+    _check_processors(switch)
 
 
-def _join(theirs: Any, clock: Any) -> Any:
-    """Return one callback for both. The user's is called with what it would get without us."""
-    from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
-
-    if theirs is None:
-        return clock
-    if isinstance(theirs, (PipelineCallback, MultiPipelineCallbacks)):
-        return MultiPipelineCallbacks([theirs, clock])
-
-    def both(pipeline: Any, step_index: int, timestep: Any, callback_kwargs: dict[str, Any]) -> Any:
-        clock(pipeline, step_index, timestep, {})
-        return theirs(pipeline, step_index, timestep, callback_kwargs)
-
-    return both
-
-
-def _check_processors(switch: _Switch) -> None:
+def _check_processors(switch: Switch) -> None:
     """Take over the processors that fuse_qkv_projections has put in the place of ours; warn of others."""
     lost = 0
     last = dict(switch.processors)  # of an attention that was fused before, the latest
@@ -288,89 +233,10 @@ def _check_processors(switch: _Switch) -> None:
         )
 
 
-def _refuse_ring(switch: _Switch) -> None:
+def _refuse_ring(switch: Switch) -> None:
     configs = [ulysses.context_parallel(processor.original) for _, processor in switch.processors]
     if switch.run.preset.type != "dense" and any(config is not None and config.ring_degree > 1 for config in configs):
         raise RuntimeError(ulysses.RING)
 
 
-def _refuse_impossible(denoiser: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Say what to do where diffusers would fail in a way that names neither the cause nor the remedy."""
-    hooks = getattr(getattr(denoiser, "_diffusers_hook", None), "hooks", None) or {}
-    latents = kwargs.get("hidden_states", args[0] if args else None)
-    for hook in hooks.values():
-        if getattr(hook, "is_guidance_distilled", None) is False and latents is not None and len(latents) % 2:
-            raise RuntimeError(
-                "FasterCache expects both branches of guidance in one batch, and this pipeline runs a batch of "
-                f"{len(latents)}. Pass FasterCacheConfig(..., is_guidance_distilled=True), or use another cache"
-            )
-
-
-def _register_for_guiders(processors: list[tuple[nn.Module, FamilyProcessor]]) -> None:
-    """Let guiders that skip attention (perturbed attention, skipped layers) know the classes of our processors."""
-    try:
-        from diffusers.hooks._helpers import AttentionProcessorMetadata, AttentionProcessorRegistry
-    except ImportError:
-        return
-    for kind in {type(processor) for _, processor in processors}:
-        AttentionProcessorRegistry.register(kind, AttentionProcessorMetadata(_skip_attention))
-
-
-def _skip_attention(attn: nn.Module, hidden_states: Any, encoder_hidden_states: Any = None, *args: Any, **kwargs: Any):
-    """Return what goes in, in the form of what comes out."""
-    return hidden_states if encoder_hidden_states is None else (hidden_states, encoder_hidden_states)
-
-
-# module of diffusers: pipeline class in it
-_PIPELINE_CLASSES = {
-    "diffusers.pipelines.pipeline_utils": "DiffusionPipeline",
-    "diffusers.modular_pipelines.modular_pipeline": "ModularPipeline",
-}
-
-
-def _add_method(module: Any) -> None:
-    pipeline_class = getattr(module, _PIPELINE_CLASSES[module.__name__])
-    if not hasattr(pipeline_class, "set_attn_processor"):
-        pipeline_class.set_attn_processor = set_attn_processor
-
-
-class _AfterImport(importlib.abc.MetaPathFinder):
-    """Adds our method when diffusers loads its pipelines. Loading them now would cost every import a second."""
-
-    def __init__(self) -> None:
-        self.waiting = set(_PIPELINE_CLASSES)
-
-    def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> Any:
-        if fullname not in self.waiting:
-            return None
-        self.waiting.remove(fullname)
-        if not self.waiting:
-            sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(fullname)
-        if spec is None or spec.loader is None:
-            return spec
-        execute = spec.loader.exec_module
-
-        def exec_module(module: Any) -> None:
-            execute(module)
-            _add_method(module)
-
-        spec.loader.exec_module = exec_module
-        return spec
-
-
-def extend_diffusers() -> None:
-    """Give diffusers pipelines `set_attn_processor`, now or as soon as diffusers loads them."""
-    if any(isinstance(finder, _AfterImport) for finder in sys.meta_path):
-        return
-    finder = _AfterImport()
-    for name, pipeline_class in _PIPELINE_CLASSES.items():
-        loaded = sys.modules.get(name)
-        if loaded is not None and hasattr(loaded, pipeline_class):
-            _add_method(loaded)
-            finder.waiting.remove(name)
-    if finder.waiting:
-        sys.meta_path.insert(0, finder)
-
-
-extend_diffusers()
+add_to_pipelines(set_attn_processor)

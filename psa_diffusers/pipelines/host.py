@@ -1,17 +1,30 @@
-"""Subclasses made for one pipeline object: the only way to reach every call of it that diffusers leaves open.
+"""Every trick that is played on diffusers and torch, each with its reason and its undoing. It knows nothing of ours.
 
-Python looks for `__call__` on the class, so an attribute of the object does not do. The subclass has the name of the
-class, so that saving, `isinstance` and messages do not change.
+- `push_subclass` gives one pipeline object a class of its own; `pop_subclass` takes it back.
+- `is_running` and `running_module` look for a call on the Python stacks; they change nothing.
+- `add_to_pipelines` gives diffusers' pipeline classes a method, as soon as they are loaded; `_AfterImport`, which waits
+  for that, removes itself. The method stays.
+- `register_for_guiders` names classes of processors to diffusers' guiders. The entries stay: a class is named once.
+- `refuse_impossible` is a forward hook that speaks where diffusers would fail without a remedy. Its handle removes it.
+
+The order of torch's dense kernels is set in `processors/dense.py`, for the time of a call.
 """
 
 from __future__ import annotations
 
+import importlib.abc
+import importlib.util
 import sys
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
+
+from torch import nn
 
 
 class _Forwarding(type):
-    """Class of these subclasses. Who put something into the class below before us takes it back through us.
+    """Class of the subclasses that `push_subclass` makes.
+
+    Who put something into the class below before us takes it back through us.
 
     cache-dit does that: it writes to `type(pipe)`, whichever class that is by then.
     """
@@ -78,3 +91,115 @@ def is_running(pipe: Any) -> bool:
                 return True
             frame = frame.f_back
     return False
+
+
+def running_module(
+    is_wanted: Callable[[nn.Module], bool],
+) -> tuple[nn.Module, tuple[Any, ...], dict[str, Any]] | None:
+    """Find the innermost module on this thread's stack whose forward is running and that is wanted.
+
+    Why: diffusers hands a processor its attention and not the denoiser, whose inputs tell the grid. Changes nothing.
+
+    Args:
+        is_wanted: Module, unwrapped, to whether it is the one.
+
+    Returns:
+        The module and the arguments of its call; None if there is none.
+    """
+    frame = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code is nn.Module._call_impl.__code__:
+            module = frame.f_locals["self"]
+            module = getattr(module, "_orig_mod", module)
+            if is_wanted(module):
+                return module, frame.f_locals["args"], frame.f_locals["kwargs"]
+        frame = frame.f_back
+    return None
+
+
+def refuse_impossible(denoiser: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    """Say what to do where diffusers would fail in a way that names neither the cause nor the remedy."""
+    hooks = getattr(getattr(denoiser, "_diffusers_hook", None), "hooks", None) or {}
+    latents = kwargs.get("hidden_states", args[0] if args else None)
+    for hook in hooks.values():
+        if getattr(hook, "is_guidance_distilled", None) is False and latents is not None and len(latents) % 2:
+            raise RuntimeError(
+                "FasterCache expects both branches of guidance in one batch, and this pipeline runs a batch of "
+                f"{len(latents)}. Pass FasterCacheConfig(..., is_guidance_distilled=True), or use another cache"
+            )
+
+
+def register_for_guiders(kinds: Iterable[type]) -> None:
+    """Let guiders that skip attention (perturbed attention, skipped layers) know classes of processors.
+
+    Why: they look the class up and fail for one that they do not know. Nothing to undo: it is said once a class.
+    """
+    try:
+        from diffusers.hooks._helpers import AttentionProcessorMetadata, AttentionProcessorRegistry
+    except ImportError:
+        return
+    for kind in set(kinds):
+        AttentionProcessorRegistry.register(kind, AttentionProcessorMetadata(_skip_attention))
+
+
+def _skip_attention(
+    attn: nn.Module, hidden_states: Any, encoder_hidden_states: Any = None, *args: Any, **kwargs: Any
+) -> Any:
+    """Return what goes in, in the form of what comes out."""
+    return hidden_states if encoder_hidden_states is None else (hidden_states, encoder_hidden_states)
+
+
+# module of diffusers: pipeline class in it
+_PIPELINE_CLASSES = {
+    "diffusers.pipelines.pipeline_utils": "DiffusionPipeline",
+    "diffusers.modular_pipelines.modular_pipeline": "ModularPipeline",
+}
+
+
+def _add_method(module: Any, method: Callable[..., Any]) -> None:
+    pipeline_class = getattr(module, _PIPELINE_CLASSES[module.__name__])
+    if not hasattr(pipeline_class, method.__name__):
+        setattr(pipeline_class, method.__name__, method)
+
+
+class _AfterImport(importlib.abc.MetaPathFinder):
+    """Adds our method when diffusers loads its pipelines. Loading them now would cost every import a second."""
+
+    def __init__(self, method: Callable[..., Any]) -> None:
+        self.method = method
+        self.waiting = set(_PIPELINE_CLASSES)
+
+    def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> Any:
+        if fullname not in self.waiting:
+            return None
+        self.waiting.remove(fullname)
+        if not self.waiting:
+            sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(fullname)
+        if spec is None or spec.loader is None:
+            return spec
+        execute = spec.loader.exec_module
+
+        def exec_module(module: Any) -> None:
+            execute(module)
+            _add_method(module, self.method)
+
+        spec.loader.exec_module = exec_module
+        return spec
+
+
+def add_to_pipelines(method: Callable[..., Any]) -> None:
+    """Give diffusers' pipeline classes a method that they lack, now or as soon as diffusers loads them.
+
+    Why not load them: that would cost every import a second.
+    """
+    if any(isinstance(finder, _AfterImport) for finder in sys.meta_path):
+        return
+    finder = _AfterImport(method)
+    for name, pipeline_class in _PIPELINE_CLASSES.items():
+        loaded = sys.modules.get(name)
+        if loaded is not None and hasattr(loaded, pipeline_class):
+            _add_method(loaded, method)
+            finder.waiting.remove(name)
+    if finder.waiting:
+        sys.meta_path.insert(0, finder)

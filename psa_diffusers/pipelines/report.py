@@ -9,54 +9,12 @@ from typing import Any
 
 import torch
 
-__all__ = ["PSAReport", "Recorder", "psa_report"]
+from psa_diffusers.pipelines.state import state_of
+from psa_diffusers.processors.base import FamilyProcessor
+from psa_diffusers.processors.recorder import Recorder
+from psa_diffusers.processors.standalone import PSAProcessor
 
-SWITCH = "_psa_switch"
-"""Attribute of a pipeline that holds all that `disable_psa` has to undo. It and our processors have `psa_recorders`."""
-
-
-class Recorder:
-    """Notes each call of a self-attention. Density stays a tensor on its device: noting it does not synchronise.
-
-    Args:
-        title: What was enabled, one line.
-    """
-
-    def __init__(self, title: str) -> None:
-        self.title = title
-        self.entries: list[dict[str, Any]] = []
-
-    def clear(self) -> None:
-        """Forget the calls; a new run begins."""
-        self.entries = []
-
-    def note(
-        self,
-        *,
-        step: int,
-        denoiser: str,
-        layer: str,
-        kind: str,
-        reason: str,
-        density: float | torch.Tensor,
-        kept: bool,
-        tokens: int,
-        grid: tuple[int, int, int] | None,
-    ) -> None:
-        """Add one call."""
-        self.entries.append(
-            {
-                "step": step,
-                "denoiser": denoiser,
-                "layer": layer,
-                "kind": kind,
-                "reason": reason,
-                "density": density,
-                "kept": kept,
-                "tokens": tokens,
-                "grid": grid,
-            }
-        )
+__all__ = ["PSAReport", "psa_report"]
 
 
 class PSAReport:
@@ -179,14 +137,14 @@ def psa_report(pipe: Any) -> PSAReport:
 
 
 def _recorders(pipe: Any) -> list[Recorder]:
-    holders = [getattr(pipe, SWITCH, None)]
-    if holders == [None]:
-        # denoisers that got their processors without this pipeline
-        components = getattr(pipe, "components", None) or {"denoiser": pipe}
-        modules = [module for module in components.values() if isinstance(module, torch.nn.Module)]
-        holders = [getattr(part, "processor", None) for module in modules for part in module.modules()]
-    found = [recorder for holder in holders for recorder in getattr(holder, "psa_recorders", ())]
-    return list(dict.fromkeys(found))
+    if (switch := state_of(pipe).switch) is not None:
+        return switch.recorders
+    # denoisers that got their processors without this pipeline
+    components = getattr(pipe, "components", None) or {"denoiser": pipe}
+    modules = [module for module in components.values() if isinstance(module, torch.nn.Module)]
+    processors = [getattr(part, "processor", None) for module in modules for part in module.modules()]
+    ours = [each for each in processors if isinstance(each, (FamilyProcessor, PSAProcessor))]
+    return list(dict.fromkeys(recorder for processor in ours for recorder in processor.recorders))
 
 
 def _group(records: Iterable[dict[str, Any]], key: str) -> dict[Any, list[dict[str, Any]]]:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from psa_diffusers.ops.reference.schedule import Schedule
-from psa_diffusers.presets.schema import PSAPreset
+from psa_diffusers.presets import PSAPreset
 
 RING = (
     "ring attention gives a layer a part of the keys at a time, but PSA needs all of them: use "

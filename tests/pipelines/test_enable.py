@@ -21,7 +21,8 @@ from watch import Watch, expected_steps
 from psa_diffusers.models.registry import families, family_of, find_family, register_family
 from psa_diffusers.pipelines.enable import disable_psa, enable_psa
 from psa_diffusers.pipelines.report import psa_report
-from psa_diffusers.presets.schema import PSAPreset
+from psa_diffusers.pipelines.state import state_of
+from psa_diffusers.presets import PSAPreset
 
 LAYERS = 2
 one_of_each = pytest.mark.parametrize("name", ["cogvideox", "wan2.1"])
@@ -58,7 +59,7 @@ def calls_a_step(name, guidance=True):
 
 def records(pipe):
     """What the report would be made of, densities still tensors."""
-    return pipe._psa_switch.run.recorder.entries
+    return state_of(pipe).switch.run.recorder.entries
 
 
 # what enabling changes, and that disabling undoes it
@@ -460,7 +461,7 @@ def test_positional_arguments_of_the_denoiser_are_understood(watch):
 
 def test_the_timestep_is_not_read_while_the_pipeline_tells_the_step(monkeypatch):
     pipe = enable(build("wan2.1"), warmup_steps=1)
-    monkeypatch.setattr(type(pipe._psa_switch.run.clock), "observe", None)
+    monkeypatch.setattr(type(state_of(pipe).switch.run.clock), "observe", None)
     CASES["wan2.1"].run(pipe)
 
 
@@ -583,7 +584,7 @@ def test_an_attention_mask_makes_the_call_dense_and_says_so(name, caplog):
 @one_of_each
 def test_tokens_that_do_not_fill_the_grid_make_the_call_dense(name, caplog):
     pipe = enable(build(name), report=True)
-    run = pipe._psa_switch.run
+    run = state_of(pipe).switch.run
     processor = self_attention_of(pipe, name).processor
     original, seen = processor.original, []
     processor.original = lambda *args, **kwargs: seen.append(args) or original(*args, **kwargs)
@@ -743,7 +744,7 @@ def test_a_size_without_a_section_gets_the_nearest_and_the_report_says_so():
     denoiser = config_of(num_attention_heads=40, num_layers=40, patch_size_t=None)
     assert row.section_of(denoiser) == ("CogVideo_5b", False)
     pipe = enable(build("wan2.2-5b"), report=True)
-    assert "section Wan2.2_5B, the nearest one: no section was made for 2 heads" in pipe._psa_switch.run.recorder.title
+    assert "section Wan2.2_5B, the nearest one: no section was made for 2 heads" in state_of(pipe).switch.run.recorder.title
 
 
 def test_enabling_logs_one_line(caplog):
@@ -758,14 +759,14 @@ def test_enabling_logs_one_line(caplog):
 def test_a_preset_object_needs_no_section():
     preset = PSAPreset(name="mine", mask_ratios={1: [0, 1]})
     pipe = enable_psa(build("wan2.1"), preset, warmup_steps=2)
-    assert pipe._psa_switch.run.preset == preset.replace(warmup_steps=2)
+    assert state_of(pipe).switch.run.preset == preset.replace(warmup_steps=2)
 
 
 def test_a_users_own_yaml_is_read(tmp_path):
     path = tmp_path / "mine.yaml"
     path.write_text("Wan2.1_1.3b:\n  attention_configs:\n    mine:\n      type: psa\n      warmup_steps: 3\n")
     pipe = enable_psa(build("wan2.1"), "mine", config=path)
-    assert pipe._psa_switch.run.preset.warmup_steps == 3
+    assert state_of(pipe).switch.run.preset.warmup_steps == 3
 
 
 def test_a_family_is_found_by_class_name_through_subclasses_and_compilation():

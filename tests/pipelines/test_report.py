@@ -8,7 +8,8 @@ from tiny import CASES, TINY_PRESET
 
 from psa_diffusers.pipelines.enable import disable_psa, enable_psa
 from psa_diffusers.pipelines.report import Recorder, psa_report
-from psa_diffusers.processors import base as processor
+from psa_diffusers.pipelines.state import state_of
+from psa_diffusers.processors import sparse as processor
 
 FIELDS = {"step", "denoiser", "layer", "kind", "reason", "density", "kept", "tokens", "grid"}
 
@@ -143,5 +144,5 @@ def test_recording_reads_no_density(monkeypatch):
     """What would synchronise a GPU: turning the density into a number during the run."""
     pipe = enable("wan2.1")
     CASES["wan2.1"].run(pipe)
-    sparse = [entry for entry in pipe._psa_switch.run.recorder.entries if entry["kind"] == "sparse"]
+    sparse = [entry for entry in state_of(pipe).switch.run.recorder.entries if entry["kind"] == "sparse"]
     assert all(isinstance(entry["density"], torch.Tensor) and entry["density"].ndim == 0 for entry in sparse)

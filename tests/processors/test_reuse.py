@@ -20,8 +20,9 @@ from psa_diffusers.ops.orders import video_order
 from psa_diffusers.ops.reference.schedule import Schedule
 from psa_diffusers.pipelines.enable import disable_psa, enable_psa
 from psa_diffusers.pipelines.report import psa_report
+from psa_diffusers.pipelines.state import state_of
 from psa_diffusers.presets.schema import KEY_VARIANCE_CAP
-from psa_diffusers.processors import base as processor
+from psa_diffusers.processors import sparse as processor
 from psa_diffusers.processors.reuse import MOST_BRANCHES, KeptSchedules
 
 pytestmark = [  # of Mochi and of schedulers
@@ -229,7 +230,7 @@ def test_after_a_run_and_when_switched_off_nothing_is_held():
 
 def test_what_a_denoiser_keeps_that_is_called_by_itself_goes_when_switched_off():
     before, pipe = schedules_alive(), enable(CASES["wan2.1"].build())
-    site = pipe._psa_switch.sites[0][1]  # as a copy of a processor holds it
+    site = state_of(pipe).switch.sites[0][1]  # as a copy of a processor holds it
     pipe.transformer(**captured_inputs(CASES["wan2.1"].build(), "wan2.1", steps=1, guidance=1.0)[0])
     assert schedules_alive() == before + 2  # layers
     disable_psa(pipe)
@@ -239,7 +240,7 @@ def test_what_a_denoiser_keeps_that_is_called_by_itself_goes_when_switched_off()
 
 def test_while_the_pipeline_tells_the_step_the_timestep_is_not_read(monkeypatch):
     pipe = enable(CASES["wan2.1"].build())
-    monkeypatch.setattr(type(pipe._psa_switch.run.clock), "observe", None)
+    monkeypatch.setattr(type(state_of(pipe).switch.run.clock), "observe", None)
     CASES["wan2.1"].run(pipe)
 
 
@@ -425,8 +426,8 @@ def test_every_family_keeps_its_maps(name, decided, calls):
 
 def test_without_a_step_nothing_is_kept_and_it_is_said(caplog, decided):
     pipe = enable(CASES["wan2.1"].build(), report=True)
-    assert pipe._psa_switch.run.branch("transformer", {"encoder_hidden_states": torch.ones(1)}) is None
-    site = pipe._psa_switch.sites[0][1]
+    assert state_of(pipe).switch.run.branch("transformer", {"encoder_hidden_states": torch.ones(1)}) is None
+    site = state_of(pipe).switch.sites[0][1]
     site.run.branch = lambda denoiser, inputs: None
     CASES["wan2.1"].run(pipe)
     assert decided["importance"] == 16
@@ -462,7 +463,7 @@ def test_a_timestep_in_a_graph_that_is_captured_is_not_read_and_that_is_said(mon
     pipe = enable_psa(CASES["wan2.1"].build(), PSAPreset(**TINY_PRESET), warmup_steps=1)
     inputs = captured_inputs(pipe, "wan2.1", steps=1, guidance=1.0)[0]
     monkeypatch.setattr(processor, "_is_captured", lambda x: getattr(x, "ndim", 0) == 1)
-    clock = pipe._psa_switch.run.clock
+    clock = state_of(pipe).switch.run.clock
     for timestep in (900, 800):
         pipe.transformer(**{**inputs, "timestep": torch.tensor([timestep])})
         assert (clock.step, clock.dense) == (0, True)
@@ -495,7 +496,7 @@ def test_the_report_counts_what_was_kept_and_says_why_not():
     pipe = enable(CASES["wan2.1"].build(), report=True)
     CASES["wan2.1"].run(pipe)
     assert "  level map of an earlier step in 8 calls" in psa_report(pipe).summary().splitlines()
-    pipe._psa_switch.sites[0][1].run.branch = lambda denoiser, inputs: None
+    state_of(pipe).switch.sites[0][1].run.branch = lambda denoiser, inputs: None
     CASES["wan2.1"].run(pipe)
     lines = psa_report(pipe).summary().splitlines()
     assert "  level map not kept in 16 calls: nothing tells the denoising step" in lines

@@ -12,8 +12,9 @@ from watch import Watch, expected_steps
 
 from psa_diffusers.pipelines.enable import disable_psa, enable_psa
 from psa_diffusers.pipelines.report import psa_report
-from psa_diffusers.presets.schema import PSAPreset, load_preset
-from psa_diffusers.processors.base import FamilyProcessor, PSAProcessor
+from psa_diffusers.presets import PSAPreset, load_preset
+from psa_diffusers.processors.base import FamilyProcessor
+from psa_diffusers.processors.standalone import PSAProcessor
 
 CHOICE = {**TINY_PRESET, "warmup_steps": 1}
 

@@ -1,0 +1,77 @@
+"""What PSA keeps on a pipeline: one typed object behind one accessor."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
+
+from torch import nn
+
+from psa_diffusers.processors.base import FamilyProcessor
+from psa_diffusers.processors.recorder import Recorder
+from psa_diffusers.processors.run import Run, Site
+
+_ATTRIBUTE = "_psa_state"
+
+
+@dataclass
+class Switch:
+    """Everything `disable_psa` has to undo.
+
+    Attributes:
+        run: What the processors share.
+        arguments: What `enable_psa` was called with, by name, to switch on again.
+        sites: The denoisers.
+        processors: Attention modules and the processors that were put into them.
+        hooks: Handles of the hooks on the denoisers.
+        subclass: Class that the pipeline was given.
+        call: Its `__call__`.
+    """
+
+    run: Run
+    arguments: dict[str, Any]
+    sites: list[tuple[nn.Module, Site]]
+    processors: list[tuple[nn.Module, FamilyProcessor]] = field(default_factory=list)
+    hooks: list[Any] = field(default_factory=list)
+    subclass: type | None = None
+    call: Any = None
+
+    @property
+    def recorders(self) -> list[Recorder]:
+        """Where the calls are noted, if they are."""
+        return [] if self.run.recorder is None else [self.run.recorder]
+
+
+@dataclass(frozen=True)
+class PipelineState:
+    """State of one pipeline.
+
+    Attributes:
+        switch: What PSA has put into the pipeline; None while PSA is off.
+        default_preset: Section and name of the preset that its LoRA was trained with, if it has such a LoRA.
+        lora: What a few-step LoRA has set in the pipeline; None without one. The room of LoRAs knows its type.
+    """
+
+    switch: Switch | None = None
+    default_preset: tuple[str, str] | None = None
+    lora: Any = None
+
+
+def state_of(pipe: Any) -> PipelineState:
+    """Return the state of a pipeline, an empty one where nothing was set."""
+    state = getattr(pipe, _ATTRIBUTE, None)
+    return state if isinstance(state, PipelineState) else PipelineState()
+
+
+def set_state(pipe: Any, **changes: Any) -> None:
+    """Change fields of a pipeline's state. The attribute goes when the last one is empty again.
+
+    Args:
+        pipe: The pipeline.
+        **changes: Fields of `PipelineState`.
+    """
+    state = replace(state_of(pipe), **changes)
+    if any(getattr(state, each.name) is not None for each in fields(state)):
+        setattr(pipe, _ATTRIBUTE, state)
+    elif hasattr(pipe, _ATTRIBUTE):
+        delattr(pipe, _ATTRIBUTE)
