@@ -14,7 +14,8 @@ from psa_diffusers.ops.layout import Layout, flat_layout, make_layout
 from psa_diffusers.ops.reference.levels import assign_ranked_levels
 from psa_diffusers.ops.reference.pyramid import Pyramid
 from psa_diffusers.ops.reference.schedule import Schedule, make_schedule
-from psa_diffusers.presets.schema import KEY_VARIANCE_CAP, PSAPreset, load_preset, parse_mask_ratios, preset_of_key
+from psa_diffusers.ops.types import KEY_VARIANCE_CAP
+from psa_diffusers.presets import PSAPreset, load_preset, parse_mask_ratios, preset_of_key
 
 logger = logging.getLogger("psa_diffusers")
 

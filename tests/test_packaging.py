@@ -68,9 +68,9 @@ def test_installed_wheel_works_from_anywhere(installed, tmp_path):
     code = (
         "import psa_diffusers\n"
         "from psa_diffusers import list_presets, load_preset\n"
-        "from psa_diffusers.presets.model_entries import load_model_config\n"
+        "from psa_diffusers.presets.model_entries import load_model_entry\n"
         "print(psa_diffusers.__file__)\n"
-        "print(load_preset('CogVideo_5b', 'psa_4steps').levels, sorted(list_presets()), load_model_config('demo').name)"
+        "print(load_preset('CogVideo_5b', 'psa_4steps').levels, sorted(list_presets()), load_model_entry('demo').name)"
     )
     printed, _ = run_python(code, cwd=tmp_path, path=installed)
     where, values = printed.splitlines()
@@ -86,8 +86,8 @@ def test_the_installed_demo_model_generates_without_network(installed, tmp_path)
         "    raise AssertionError('network')\n"
         "socket.socket.connect = socket.getaddrinfo = refuse\n"
         "from psa_diffusers.cli import demo, generation\n"
-        "from psa_diffusers.presets.model_entries import load_model_config\n"
-        "config = load_model_config('demo')\n"
+        "from psa_diffusers.presets.model_entries import load_model_entry\n"
+        "config = load_model_entry('demo')\n"
         "pipe = generation.load_pipeline(config, device='cpu')\n"
         "call = {'prompt': config.example_prompt, 'width': 64, 'height': 64, 'num_frames': 9}\n"
         "run = generation.generate(pipe, {**call, 'num_inference_steps': 4}, seed=0, use_psa=True)\n"

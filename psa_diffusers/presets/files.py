@@ -1,19 +1,67 @@
-"""Read, merge and type the YAML files of `configs/`. What their keys mean is in `preset.py` and `run_config.py`."""
+"""The one way from a YAML file of `configs/`, and one of the user's laid over it, to plain values."""
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection
+from dataclasses import dataclass
 from functools import lru_cache
 from importlib import resources
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import yaml
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-Schema = TypeVar("Schema")
+from psa_diffusers.presets.values import Keys, merge
+
+
+@dataclass(frozen=True)
+class ConfigFile:
+    """Declares a file of `configs/`: a mapping of names, each to a mapping of the same keys.
+
+    Args:
+        name: Name of the file.
+        entry: What its names are names of, for messages.
+        keys: Keys that may stand under each name.
+        whole: Keys, at any depth, whose mapping the user's file replaces as a whole.
+    """
+
+    name: str
+    entry: str
+    keys: Keys
+    whole: Collection[str] = ()
+
+    def entries(self, config: str | Path | None = None) -> dict[str, dict[str, Any]]:
+        """Return name to values of the built-in file. Treat them as read-only: they are cached.
+
+        Args:
+            config: Path of a YAML of the user's, to lay over the built-in file. Its names may differ from the built-in
+                ones in upper and lower case.
+
+        Raises:
+            FileNotFoundError: If `config` does not exist.
+            ValueError: If a file is no valid YAML, or an entry has keys that do not exist.
+        """
+        entries = self._checked(builtin_file(self.name))
+        if config is None:
+            return entries
+        known = {name.casefold(): name for name in entries}
+        own = {known.get(name.casefold(), name): values for name, values in self._checked(config).items()}
+        return merge(entries, own, whole=self.whole)
+
+    def _checked(self, path: str | Path) -> dict[str, dict[str, Any]]:
+        entries = _read_version(*file_version(path))
+        file = Path(path).name
+        for name, values in entries.items():
+            if not isinstance(name, str):
+                raise ValueError(f"{file}: a {self.entry} needs a name, got {name!r}; put it into quotes")
+            self.keys.check(values, f"{file}: {self.entry} {name!r}")
+        if len({name.casefold() for name in entries}) < len(entries):
+            raise ValueError(
+                f"{file}: two {self.entry}s differ only in upper and lower case: {', '.join(sorted(entries))}"
+            )
+        return entries
 
 
 @lru_cache(maxsize=8)
@@ -34,16 +82,6 @@ def builtin_file(name: str) -> Path:
     )
 
 
-def read_file(path: str | Path) -> dict[str, Any]:
-    """Return a YAML file as plain dicts and lists. Treat them as read-only: they are cached until the file changes.
-
-    Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: If it is no valid YAML, or holds something else than a mapping.
-    """
-    return _read_version(*file_version(path))
-
-
 def file_version(path: str | Path) -> tuple[Path, int]:
     """Return the absolute path and the time of the last change: a key for caches of what is made from the file.
 
@@ -57,104 +95,11 @@ def file_version(path: str | Path) -> tuple[Path, int]:
 
 
 @lru_cache(maxsize=32)
-def _read_version(path: Path, mtime_ns: int) -> dict[str, Any]:
+def _read_version(path: Path, mtime_ns: int) -> dict[Any, Any]:
     try:
-        loaded = OmegaConf.load(path)
-        content = OmegaConf.to_container(loaded, resolve=True)
+        content = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
     except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError, OSError) as error:
         raise ValueError(f"{path} is not valid YAML: {error}") from error
     if not isinstance(content, dict):
-        raise ValueError(f"{path} must hold a mapping of section names, got a {type(content).__name__}")
+        raise ValueError(f"{path} must hold a mapping of names, got a {type(content).__name__}")
     return content
-
-
-def suggest(word: object, choices: Iterable[object]) -> str:
-    """Return " Did you mean 'x'?" for the choice closest to `word`, or an empty string when none is close."""
-    by_folded = {str(choice).casefold(): choice for choice in choices}
-    close = difflib.get_close_matches(str(word).casefold(), by_folded, n=1, cutoff=0.6)
-    return f" Did you mean {by_folded[close[0]]!r}?" if close else ""
-
-
-def reject_unknown(given: Iterable[object], known: Iterable[str], where: str) -> None:
-    """Raise a ValueError for the first key of `given` that is not `known`, naming the closest known one, and all."""
-    known = sorted(known)
-    for key in given:
-        if key not in known:
-            raise ValueError(f"{where}: unknown key {key!r}.{suggest(key, known)} Known keys: {', '.join(known)}")
-
-
-def find_name(name: str, choices: Iterable[str], what: str) -> str:
-    """Return the member of `choices` that equals `name` up to upper and lower case.
-
-    Raises:
-        ValueError: If there is none. The message lists all choices.
-    """
-    choices = list(choices)
-    for choice in choices:
-        if str(name).casefold() == choice.casefold():
-            return choice
-    raise ValueError(f"unknown {what} {name!r}.{suggest(name, choices)} Available: {', '.join(sorted(choices))}")
-
-
-def nest(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Unfold dotted names: `{"block_size.m": 64}` becomes `{"block_size": {"m": 64}}`."""
-    nested: dict[str, Any] = {}
-    for name, value in values.items():
-        head, _, rest = str(name).partition(".")
-        nested = merge(nested, {head: nest({rest: value}) if rest else value})
-    return nested
-
-
-def merge(below: Mapping[str, Any], above: Mapping[str, Any], *, whole: Sequence[str] = ()) -> dict[str, Any]:
-    """Lay `above` over `below`. Mappings merge key by key; all else, and what `whole` names, is replaced."""
-    merged = dict(below)
-    for key, value in above.items():
-        mergeable = key not in whole and isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
-        merged[key] = merge(merged[key], value, whole=whole) if mergeable else value
-    return merged
-
-
-def build(schema: type[Schema], values: Mapping[str, Any], where: str) -> Schema:
-    """Check `values` against the types of a dataclass and make the object.
-
-    Args:
-        schema: A dataclass whose annotations are the types and whose defaults are the defaults.
-        values: Field name to value.
-        where: What is being read, for messages.
-
-    Raises:
-        ValueError: If a value has the wrong type, or the dataclass itself refuses it.
-    """
-    try:
-        return OmegaConf.to_object(OmegaConf.merge(_writable(OmegaConf.structured(schema)), dict(values)))
-    except OmegaConfBaseException as error:
-        key = getattr(error, "full_key", None)
-        raise ValueError(f"{where}: {f'{key}: ' if key else ''}{str(error).splitlines()[0]}") from error
-    except ValueError as error:
-        raise ValueError(f"{where}: {error}") from error
-
-
-def _writable(config: DictConfig) -> DictConfig:
-    """Unlock the schema of a frozen dataclass and of those inside it, which OmegaConf 2.3 refuses to merge into."""
-    OmegaConf.set_readonly(config, None)
-    for key in config:
-        if not OmegaConf.is_missing(config, key) and isinstance(config[key], DictConfig):
-            _writable(config[key])
-    return config
-
-
-def parse_overrides(assignments: Sequence[str]) -> dict[str, Any]:
-    """Turn command-line assignments such as `["block_size.m=64", "warmup_steps=0"]` into a nested dict.
-
-    Values are YAML, so `mask_ratios={1: [0, 0.1], 0: [0.1, 1]}` works as well.
-
-    Raises:
-        ValueError: If an assignment has no `=` or its value is no valid YAML.
-    """
-    for assignment in assignments:
-        if "=" not in assignment or assignment.startswith("="):
-            raise ValueError(f"an override has the form key=value, got {assignment!r}; for example block_size.m=64")
-    try:
-        return OmegaConf.to_container(OmegaConf.from_dotlist(list(assignments)))
-    except (yaml.YAMLError, OmegaConfBaseException) as error:
-        raise ValueError(f"cannot read the overrides {list(assignments)}: {error}") from error

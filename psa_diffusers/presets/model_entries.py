@@ -1,15 +1,13 @@
-"""What to load and how to generate: the schema of `configs/models.yaml`. Scripts read it; the attention never does."""
+"""Entries of `configs/models.yaml`: which checkpoint to load and how to generate. The attention never reads them."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from psa_diffusers.presets.files import build, builtin_file, find_name, merge, nest, read_file, reject_unknown, suggest
-
-__all__ = ["LoraSource", "ModelConfig", "SchedulerChoice", "list_model_configs", "load_model_config"]
+from psa_diffusers.presets.files import ConfigFile
+from psa_diffusers.presets.values import Keys, build, find_name, suggest
 
 DTYPES = ("bfloat16", "float16", "float32")
 OFFLOADS = ("none", "model", "sequential")
@@ -42,7 +40,7 @@ class LoraSource:
 
 
 @dataclass(frozen=True)
-class ModelConfig:
+class ModelEntry:
     """One entry of `configs/models.yaml`. Every field and default is here and nowhere else.
 
     Args:
@@ -110,28 +108,25 @@ class ModelConfig:
                 names = [choice for choice in choices if choice is not None]
                 raise ValueError(f"{key} must be one of {', '.join(names)}, got {value!r}.{suggest(value, names)}")
 
-    def replace(self, **overrides: Any) -> ModelConfig:
+    def replace(self, **overrides: Any) -> ModelEntry:
         """Return a copy with some fields changed, by their YAML names, checked again.
 
         Raises:
             ValueError: If a key is unknown or a value is not allowed.
         """
-        where = f"model {self.name!r}"
-        changes = nest({key: asdict(value) if isinstance(value, _PARTS) else value for key, value in overrides.items()})
-        _reject_unknown_keys(changes, where, allowed=_FIELDS)
-        return build(ModelConfig, merge(asdict(self), changes), where)
+        return build(ModelEntry, asdict(self), overrides, f"model {self.name!r}", keys=_KEYS)
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values by their YAML names; fit for JSON and YAML."""
         return asdict(self)
 
 
-_PARTS = (SchedulerChoice, LoraSource)
-_FIELDS = frozenset(spec.name for spec in fields(ModelConfig))
-_CONFIG_FILE = "models.yaml"
+_KEYS = Keys.of(ModelEntry, scheduler=Keys.of(SchedulerChoice), lora=Keys.of(LoraSource))
+_KEYS_IN_FILE = _KEYS.without("name")
+_FILE = ConfigFile("models.yaml", entry="model", keys=_KEYS_IN_FILE)
 
 
-def load_model_config(name: str, config: str | Path | None = None, **overrides: Any) -> ModelConfig:
+def load_model_entry(name: str, config: str | Path | None = None, **overrides: Any) -> ModelEntry:
     """Return an entry of `configs/models.yaml`.
 
     Args:
@@ -143,40 +138,11 @@ def load_model_config(name: str, config: str | Path | None = None, **overrides: 
         FileNotFoundError: If `config` does not exist.
         ValueError: If the entry, a key or a value is not valid. The message lists what exists.
     """
-    entries = _entries(config)
+    entries = _FILE.entries(config)
     name = find_name(name, entries, "model")
-    where = f"model {name!r}"
-    changes = nest({key: asdict(value) if isinstance(value, _PARTS) else value for key, value in overrides.items()})
-    _reject_unknown_keys(changes, where)
-    return build(ModelConfig, {**merge(entries[name], changes), "name": name}, where)
+    return build(ModelEntry, {**entries[name], "name": name}, overrides, f"model {name!r}", keys=_KEYS_IN_FILE)
 
 
-def list_model_configs(config: str | Path | None = None) -> list[str]:
+def list_model_entries(config: str | Path | None = None) -> list[str]:
     """Return the keys of `configs/models.yaml`, with those of a YAML of your own."""
-    return list(_entries(config))
-
-
-def _entries(config: str | Path | None) -> dict[str, dict[str, Any]]:
-    entries = _checked_entries(builtin_file(_CONFIG_FILE))
-    if config is None:
-        return entries
-    known = {name.casefold(): name for name in entries}
-    own = {known.get(name.casefold(), name): values for name, values in _checked_entries(config).items()}
-    return merge(entries, own)
-
-
-def _checked_entries(path: str | Path) -> dict[str, dict[str, Any]]:
-    entries = read_file(path)
-    for name, values in entries.items():
-        where = f"{Path(path).name}: model {name!r}"
-        if not isinstance(name, str) or not isinstance(values, dict):
-            raise ValueError(f"{where} must be a name with a mapping of keys, got {values!r}")
-        _reject_unknown_keys(values, where)
-    return entries
-
-
-def _reject_unknown_keys(values: Mapping[str, Any], where: str, allowed: frozenset[str] = _FIELDS - {"name"}) -> None:
-    reject_unknown(values, allowed, where)
-    for key, part in (("scheduler", SchedulerChoice), ("lora", LoraSource)):
-        if isinstance(values.get(key), Mapping):
-            reject_unknown(values[key], (spec.name for spec in fields(part)), f"{where}, {key}")
+    return list(_FILE.entries(config))

@@ -1,9 +1,9 @@
 """Time psa_attention against dense attention and its peers on this machine, in one process, on correlated inputs.
 
-    python scripts/benchmark.py                                    CogVideoX-5B at 480p, one head (what a CPU can do)
-    python scripts/benchmark.py --shape all --json docs/benchmarks/gpu_h200.jsonl      on a GPU: every shape
-    python scripts/benchmark.py --shape wan2.1-1.3b-720p --peers --psa_checkout ../psa --pisa_checkout ../pisa
-    python scripts/benchmark.py --plot docs/figures/speed.png --draw_from docs/benchmarks/gpu_h200.jsonl
+    python -m scripts.benchmarks.attention                     CogVideoX-5B at 480p, one head (what a CPU can do)
+    python -m scripts.benchmarks.attention --shape all --json docs/benchmarks/gpu_h200.jsonl      on a GPU: every shape
+    python -m scripts.benchmarks.attention --shape wan2.1-1.3b-720p --peers --psa_checkout ../psa --pisa_checkout ../pisa
+    python -m scripts.benchmarks.attention --plot docs/figures/speed.png --draw_from docs/benchmarks/gpu_h200.jsonl
 
 A gate comes first: reading everything at full resolution must be dense attention, and each mix must agree with the
 torch stages on some blocks of queries, both to rounding; for a wrong answer no time is printed. Times are medians of
@@ -15,25 +15,25 @@ where attention can begin, timed within whole calls.
 """
 
 import argparse
-import ctypes
 import json
 import statistics
 import sys
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
-from psa_diffusers import PSAPreset, load_preset, psa_attention
+from psa_diffusers import psa_attention
 from psa_diffusers.attention import resolve_backend
 from psa_diffusers.cli.generation import environment
 from psa_diffusers.ops import reference
 from psa_diffusers.ops.layout import make_layout
-from psa_diffusers.presets.schema import KEY_VARIANCE_CAP
+from psa_diffusers.ops.types import KEY_VARIANCE_CAP
 
 from .fields import make_field
+from .mixes import CPU_MIXES, GPU_MIXES, MIXES, fitted
+from .timing import extra_memory, matrix_rate, pair_medians, relative_error, timed
 
 
 @dataclass(frozen=True)
@@ -56,21 +56,6 @@ SHAPES = {
     "wan2.2-5b-704p": Shape(24, (31, 22, 40), 128),
     "hunyuanvideo-720p": Shape(24, (33, 45, 80), 128, 256),
 }
-TERMS = {"key_variance": True, "value_tilt": True}
-COVER = {1: [0, 0.06], 2: [0.06, 0.1], 4: [0.1, 0.2], 8: [0.2, 0.3], 16: [0.3, 0.4], 32: [0.4, 1]}
-PUBLISHED = {1: [0, 0.1], 2: [0.1, 0.15], 8: [0.15, 0.35], 0: [0.35, 1]}
-MIXES = {
-    "cover": PSAPreset(mask_ratios=COVER, **TERMS),
-    "top and mean": PSAPreset(mask_ratios={1: [0, 0.13], 128: [0.13, 1]}, **TERMS),
-    "published": PSAPreset(mask_ratios=PUBLISHED, **TERMS),
-    "published, plain": PSAPreset(mask_ratios=PUBLISHED),
-    "cover, plain": PSAPreset(mask_ratios=COVER),
-    "psa_cover": load_preset("default", "psa_cover"),
-    "psa_fast": load_preset("default", "psa_fast"),
-    "all": PSAPreset(mask_ratios={1: [0, 1]}),
-}
-CPU_MIXES = ("published, plain", "cover, plain", "psa_cover")
-GPU_MIXES = ("cover", "top and mean", "published", "psa_cover", "psa_fast", "all")
 DISTINCT_HEADS = 4  # fields that are drawn; heads repeat them
 
 
@@ -87,39 +72,7 @@ def correlated(shape, heads, dtype, device):
     )
 
 
-def fitted(preset, shape, density):
-    """The preset with all shares but the coarsest lowered alike, until the density with text is at most ``density``."""
-    preset = preset.for_video(shape.grid[0] * shape.grid[1] * shape.grid[2])
-
-    def executed(levels):
-        m, n = preset.block_m, preset.block_n
-        video = shape.grid[0] * shape.grid[1] * shape.grid[2]
-        rows, columns = (-(-video // block) / (-(-video // block) + -(-shape.text_tokens // block)) for block in (m, n))
-        number = -(-video // n)
-        cost, reached = 0.0, 0
-        for factor, end in levels:
-            blocks = number if end >= 1 else round(end * number)
-            cost += (blocks - reached) / factor if factor else 0
-            reached = blocks
-        return 1 - rows * columns * (1 - cost / number)
-
-    def scaled(share):
-        return tuple((factor, end * share if end < 1 else 1.0) for factor, end in preset.levels)
-
-    if density is None or executed(preset.levels) <= density or len(preset.levels) == 1:
-        return preset
-    low, high = 0.0, 1.0
-    for _ in range(40):
-        middle = (low + high) / 2
-        low, high = (middle, high) if executed(scaled(middle)) <= density else (low, middle)
-    return preset.replace(mask_ratios=scaled(low))
-
-
-def relative_error(out, truth):
-    return float((out - truth).abs().float().sum() / truth.abs().float().sum())
-
-
-class Case:
+class StagedCall:
     """One preset on one shape: its stages and what they give."""
 
     def __init__(self, q, k, v, shape, preset):
@@ -215,79 +168,17 @@ class Case:
             sys.exit(f"{self.preset.name}: differs from the torch stages by {error:.2e}, allowed {allowed:.2e}")
 
 
-def timed(call, device, milliseconds):
-    """Median, and the fifth and four fifths of the way, in milliseconds."""
-    if device.startswith("cuda"):
-        from triton.testing import do_bench
-
-        return do_bench(call, warmup=milliseconds // 4, rep=milliseconds, quantiles=[0.5, 0.2, 0.8])
-    times = []
-    for _ in range(7):
-        start = time.perf_counter()
-        call()
-        times.append(1000 * (time.perf_counter() - start))
-    times.sort()
-    return times[3], times[1], times[5]
-
-
-def extra_memory(call, device):
-    """Bytes that a call needs beyond what was held before it."""
-    if device.startswith("cuda"):
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        call()
-        torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated() - before
-    try:
-        ctypes.CDLL("libc.so.6").malloc_trim(0)  # memory that was freed but kept would hide what the call needs
-        Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak starts again at what is held now
-    except (OSError, AttributeError):
-        return None
-    before = _status("VmRSS")
-    call()
-    return _status("VmHWM") - before
-
-
-def _status(field):
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(field))
-
-
-def matrix_rate(device):
-    """TFLOP/s of a large product in bfloat16: what the chip's matrix units do for torch."""
-    if not device.startswith("cuda"):
-        return None
-    a, b = (torch.randn(8192, 8192, device=device, dtype=torch.bfloat16) for _ in range(2))
-    return round(2 * 8192**3 / timed(lambda: a @ b, device, 100)[0] / 1e9, 1)
-
-
-def pair_medians(dense, sparse, device, milliseconds, dense_ms):
-    """Times of both; on a CPU calls alternate, so that a machine that slows down slows both."""
-    if device.startswith("cuda"):
-        return dense_ms, timed(sparse, device, milliseconds)
-    pairs = []
-    for _ in range(9):
-        pair = []
-        for call in (dense, sparse):
-            start = time.perf_counter()
-            call()
-            pair.append(1000 * (time.perf_counter() - start))
-        pairs.append(pair)
-    return tuple((statistics.median(x), sorted(x)[2], sorted(x)[6]) for x in zip(*pairs, strict=True))
-
-
-def measure(name, shape, q, k, v, args, rate, emit):
+def time_shape(name, shape, q, k, v, args, rate, emit):
     """All lines of one shape."""
     device, dim, tokens, heads = args.device, q.shape[3], q.shape[2], q.shape[1]
     on_gpu = device.startswith("cuda")
     dense = lambda: F.scaled_dot_product_attention(q, k, v)  # noqa: E731
     if on_gpu:
-        from .peers import dense as dense_of
+        from . import peers
 
-        dense = dense_of(q, k, v, "cudnn")
+        dense = peers.dense(q, k, v, "cudnn")
     truth = dense()
-    full = Case(q, k, v, shape, MIXES["all"].replace(name="all"))
+    full = StagedCall(q, k, v, shape, MIXES["all"].replace(name="all"))
     exact = F.scaled_dot_product_attention(*(x[:, -1:].float() for x in (q, k, v)))
     error, allowed = ((x[:, -1:] - exact).abs().max() for x in (full.run(), truth))
     if not error <= 2 * (allowed + torch.finfo(q.dtype).eps * exact.abs().max()):
@@ -303,7 +194,7 @@ def measure(name, shape, q, k, v, args, rate, emit):
         dense_ms = timed(dense, device, args.milliseconds)
         line = {"provider": "dense cuDNN", "density": 1.0, "relative_l1": 0.0}
         emit(base | line | times(dense_ms, work, rate) | {"speedup": 1.0})
-        flash = timed(dense_of(q, k, v, "flash"), device, args.milliseconds)
+        flash = timed(peers.dense(q, k, v, "flash"), device, args.milliseconds)
         line |= {"provider": "dense FlashAttention-2"}
         emit(base | line | times(flash, work, rate) | {"speedup": round(dense_ms[0] / flash[0], 2)})
 
@@ -314,15 +205,15 @@ def measure(name, shape, q, k, v, args, rate, emit):
         if (mix, preset) in timed_presets:
             continue
         timed_presets.add((mix, preset))
-        case = Case(q, k, v, shape, preset.replace(name=mix))
-        pyramid = case.pyramid()
-        importance = case.importance(pyramid)
-        schedule = case.schedule(importance, pyramid)
-        out = case.run()
-        case.check(out, schedule)
+        staged = StagedCall(q, k, v, shape, preset.replace(name=mix))
+        pyramid = staged.pyramid()
+        importance = staged.importance(pyramid)
+        schedule = staged.schedule(importance, pyramid)
+        out = staged.run()
+        staged.check(out, schedule)
         executed = float(schedule.density())
         some = slice(0, DISTINCT_HEADS)
-        both = pair_medians(dense, case.run, device, args.milliseconds, dense_ms)
+        both = pair_medians(dense, staged.run, device, args.milliseconds, dense_ms)
         line = {
             "provider": "psa_diffusers",
             "mix": mix,
@@ -336,36 +227,36 @@ def measure(name, shape, q, k, v, args, rate, emit):
         }
         if on_gpu:
             parts = {
-                "pyramid": timed(case.pyramid, device, args.milliseconds)[0],
-                "importance": timed(lambda: case.importance(pyramid), device, args.milliseconds)[0],  # noqa: B023
-                "schedule": timed(lambda: case.schedule(importance, pyramid), device, args.milliseconds)[0],  # noqa: B023
-                "attend": timed(lambda: case.attend(pyramid, schedule), device, args.milliseconds)[0],  # noqa: B023
+                "pyramid": timed(staged.pyramid, device, args.milliseconds)[0],
+                "importance": timed(lambda: staged.importance(pyramid), device, args.milliseconds)[0],  # noqa: B023
+                "schedule": timed(lambda: staged.schedule(importance, pyramid), device, args.milliseconds)[0],  # noqa: B023
+                "attend": timed(lambda: staged.attend(pyramid, schedule), device, args.milliseconds)[0],  # noqa: B023
             }
             line["stage_ms"] = {key: round(value, 4) for key, value in parts.items()}
             line["attend_tflops"] = round(work * executed / parts["attend"] / 1e9, 1)
             line["attend_over_dense_rate"] = round(executed * dense_ms[0] / parts["attend"], 3)
-            planning, whole = case.split(args.milliseconds)
+            planning, whole = staged.split(args.milliseconds)
             line["planning_ms"], line["planning_share"] = round(planning, 4), round(planning / whole, 3)
-        memory = extra_memory(case.run, device)
+        memory = extra_memory(staged.run, device)
         if memory is not None:
             line["extra_memory_over_qkv"] = round(memory / (3 * q.numel() * q.element_size()), 3)
         emit(base | line)
         if args.peers and on_gpu and mix == "cover" and density == args.density[0]:
-            peers(base, q, k, v, case, pyramid, truth, executed, dense_ms[0], work, rate, args, emit)
+            time_peers(base, q, k, v, staged, pyramid, truth, executed, dense_ms[0], work, rate, args, emit)
 
 
-def peers(base, q, k, v, case, pyramid, truth, density, dense_ms, work, rate, args, emit):
+def time_peers(base, q, k, v, staged, pyramid, truth, density, dense_ms, work, rate, args, emit):
     """FlexAttention at the same density, and the repositories that were given, in the same process."""
-    from . import peers as _peers
+    from . import peers
 
-    rows = case.layout.key_rows
+    rows = staged.layout.key_rows
     ours, as_given = rows[rows >= 0].long(), slice(None)
     # each with the order in which the tokens of its result stand
-    makers = {"FlexAttention": (lambda: _peers.flex(q, k, v, density, lambda: case.importance(pyramid), ours), ours)}
+    makers = {"FlexAttention": (lambda: peers.flex(q, k, v, density, lambda: staged.importance(pyramid), ours), ours)}
     if args.psa_checkout:
-        makers["official PSA"] = (lambda: _peers.official_psa(q, k, v, args.psa_checkout), as_given)
+        makers["official PSA"] = (lambda: peers.official_psa(q, k, v, args.psa_checkout), as_given)
     if args.pisa_checkout:
-        makers["PISA"] = (lambda: _peers.pisa(q, k, v, density, args.pisa_checkout), as_given)
+        makers["PISA"] = (lambda: peers.pisa(q, k, v, density, args.pisa_checkout), as_given)
     some = slice(0, DISTINCT_HEADS)
     for name, (make, order) in makers.items():
         line = base | {"provider": name, "density": round(density, 4)}
@@ -494,7 +385,7 @@ def run(args):
         )
         with torch.no_grad():
             q, k, v = correlated(shape, heads, getattr(torch, args.dtype), args.device)
-            measure(name, shape, q, k, v, args, rate, emit)
+            time_shape(name, shape, q, k, v, args, rate, emit)
 
 
 if __name__ == "__main__":

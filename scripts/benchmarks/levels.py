@@ -35,6 +35,7 @@ from psa_diffusers import PSAPreset, list_presets, load_preset, record_qkv
 from psa_diffusers.calibration.calibrate import ladder_ratios
 from psa_diffusers.cli.generation import call_defaults, generate
 from psa_diffusers.cli.opening import add_call_options, open_model, read_prompts
+from psa_diffusers.cli.published import published_choice
 from psa_diffusers.ops.layout import Layout, make_layout
 from psa_diffusers.ops.reference import (
     assign_block_levels,
@@ -46,8 +47,7 @@ from psa_diffusers.ops.reference import (
 )
 from psa_diffusers.ops.reference.importance import reduce_scores
 from psa_diffusers.ops.reference.pyramid import Pyramid
-from psa_diffusers.presets.schema import KEY_VARIANCE_CAP
-from scripts.published import published_choice
+from psa_diffusers.ops.types import KEY_VARIANCE_CAP
 
 from .acceptance import PRESETS, show_acceptance
 from .fields import FIELDS, make_field

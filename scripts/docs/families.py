@@ -9,7 +9,7 @@ from pathlib import Path
 
 from psa_diffusers import models
 from psa_diffusers.models.registry import CANNOT_GAIN, Family, families
-from psa_diffusers.presets.schema import load_section
+from psa_diffusers.presets import load_section
 
 PAGE = Path(__file__).parents[2] / "docs" / "models.md"
 

@@ -15,7 +15,7 @@ from tiny import CASES
 from psa_diffusers import calibrate, enable_psa, load_preset, psa_report
 from psa_diffusers.calibration.calibrate import DENSITIES, _Cell, _choose, _mean, ladder_ratios
 from psa_diffusers.pipelines.enable import find_denoisers
-from psa_diffusers.presets.schema import PSAPreset
+from psa_diffusers.presets import PSAPreset
 
 PROMPTS = ["a cat walks", "rain on a lake", "two red boats"]
 BASE = PSAPreset(

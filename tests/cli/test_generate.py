@@ -19,7 +19,7 @@ from lora_files import lora_file
 from psa_diffusers import PSAPreset, load_preset
 from psa_diffusers.cli import generation
 from psa_diffusers.cli.demo import WEIGHTS, build_demo_pipeline, unknown_words
-from psa_diffusers.presets.model_entries import load_model_config
+from psa_diffusers.presets import load_model_entry
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "generate.py"
 SIZE = ["--width", "64", "--height", "64", "--num_frames", "9", "--num_inference_steps", "3"]
@@ -295,7 +295,7 @@ def test_the_demo_needs_no_network(tmp_path):
     assert frames.shape == (9, 64, 64, 3)
     assert frames.std() > 10
     assert record["preset"]["model"] == "demo"
-    assert record["prompt"] == load_model_config("demo").example_prompt
+    assert record["prompt"] == load_model_entry("demo").example_prompt
     assert str(path.with_suffix(".mp4")) in done.stdout.splitlines()[-1]
 
 
@@ -304,7 +304,7 @@ def test_words_that_the_demo_was_not_trained_with_are_named(main, tmp_path, caps
     assert main(*args, "--output_dir", tmp_path / "out") == 2
     complaint = capsys.readouterr().err
     assert "does not know fox, ', s, den, ., in 'A red fox" in complaint.replace('"', "'")
-    assert load_model_config("demo").example_prompt in complaint
+    assert load_model_entry("demo").example_prompt in complaint
     assert not (tmp_path / "out").exists()
 
 
@@ -370,7 +370,7 @@ def test_every_folder_of_weights_has_hashes():
 
 def test_with_its_lora_the_demo_shows_in_four_sparse_steps_what_the_prompt_says():
     world, measure = load_helper("_world"), load_helper("_measure")
-    config = load_model_config("demo_lora")
+    config = load_model_entry("demo_lora")
     pipe = generation.load_pipeline(config, device="cpu")
     pipe.set_progress_bar_config(disable=True)
     prompt = "a blue square moves up over a checkered teal background"
@@ -387,13 +387,13 @@ def test_the_demo_of_wan_is_given_text_of_the_length_that_it_learned(demo):
     names = ("width", "height", "num_frames", "num_inference_steps", "guidance_scale", "negative_prompt")
     args = argparse.Namespace(**dict.fromkeys(names))
     script = load_helper("generate")
-    assert script.call_arguments(args, load_model_config("demo_wan"), demo, None)["max_sequence_length"] == 32
-    assert "max_sequence_length" not in script.call_arguments(args, load_model_config("wan21_1.3b"), demo, None)
+    assert script.call_arguments(args, load_model_entry("demo_wan"), demo, None)["max_sequence_length"] == 32
+    assert "max_sequence_length" not in script.call_arguments(args, load_model_entry("wan21_1.3b"), demo, None)
 
 
 def test_the_demo_of_wan_shows_what_its_prompt_says():
     world, measure = load_helper("_world"), load_helper("_measure")
-    config = load_model_config("demo_wan")
+    config = load_model_entry("demo_wan")
     pipe = generation.load_pipeline(config, device="cpu")
     pipe.set_progress_bar_config(disable=True)
     names = ("width", "height", "num_frames", "guidance_scale", "max_sequence_length")
@@ -418,7 +418,7 @@ def test_the_small_pipeline_of_random_weights_is_the_same_every_time_and_leaves_
 
 
 def test_the_demo_is_long_enough_to_mean_something():
-    config = load_model_config("demo")
+    config = load_model_entry("demo")
     tokens = ((config.num_frames - 1) // 4 + 1) * (config.height // 8) * (config.width // 8)
     assert tokens >= 3000
     preset = load_preset("demo")

@@ -21,8 +21,8 @@ from watch import Watch, expected_steps, find_class, mirrored
 from psa_diffusers.models.registry import CANNOT_GAIN, families
 from psa_diffusers.pipelines.enable import disable_psa, enable_psa
 from psa_diffusers.pipelines.report import psa_report
-from psa_diffusers.presets.schema import load_preset, load_section
-from psa_diffusers.processors.base import PSAProcessor
+from psa_diffusers.presets import load_preset, load_section
+from psa_diffusers.processors.standalone import PSAProcessor
 
 pytestmark = [
     # Mochi asks for an autocast that CPUs do not have; only numpy and older schedulers know why the other is said

@@ -17,7 +17,7 @@ from psa_diffusers.ops.reference import (
     tilt_gain,
 )
 from psa_diffusers.ops.reference.levels import assign_ranked_levels
-from psa_diffusers.presets.schema import PSAPreset
+from psa_diffusers.presets import PSAPreset
 
 ALL_FACTORS = (0, 1, 2, 4, 8, 16, 32, 64, 128)
 

@@ -3,8 +3,7 @@
 import diffusers
 import pytest
 
-from psa_diffusers.presets.model_entries import list_model_configs, load_model_config
-from psa_diffusers.presets.schema import load_preset
+from psa_diffusers.presets import list_model_entries, load_model_entry, load_preset
 
 PUBLISHED = [
     # name, width, height, frames, steps, guidance
@@ -38,15 +37,15 @@ SECTIONS = {
     ("name", "width", "height", "frames", "steps", "guidance"), PUBLISHED, ids=[row[0] for row in PUBLISHED]
 )
 def test_run_is_the_published_one(name, width, height, frames, steps, guidance):
-    run = load_model_config(name)
+    run = load_model_entry(name)
     assert (run.width, run.height, run.num_frames) == (width, height, frames)
     assert (run.num_inference_steps, run.guidance_scale) == (steps, guidance)
     assert run.guidance_scale_2 == (3.0 if name == "wan22_a14b" else None)
 
 
-@pytest.mark.parametrize("name", list_model_configs())
+@pytest.mark.parametrize("name", list_model_entries())
 def test_run_names_things_that_exist(name):
-    run = load_model_config(name)
+    run = load_model_entry(name)
     assert hasattr(diffusers, run.pipeline)
     assert run.scheduler is None or hasattr(diffusers, run.scheduler.class_name)
     preset = load_preset(SECTIONS[name], run.attention_preset)
@@ -57,7 +56,7 @@ def test_run_names_things_that_exist(name):
 
 
 def test_few_step_lora_runs_with_its_own_attention():
-    run = load_model_config("cogvideo_5b_lora")
+    run = load_model_entry("cogvideo_5b_lora")
     assert run.lora.source == "GYP666/BLADE"
     assert run.lora.weight_name == "cogvideox-5b-psa-lora/pytorch_lora_weights.safetensors"
     assert run.scheduler.kwargs == {"timestep_spacing": "trailing"}
@@ -67,13 +66,13 @@ def test_few_step_lora_runs_with_its_own_attention():
 def test_users_file_and_overrides_are_laid_over(tmp_path):
     path = tmp_path / "mine.yaml"
     path.write_text("demo: {width: 128}\nmine: {source: ./weights, lora: {source: ./lora}}\n", encoding="utf-8")
-    assert load_model_config("demo", path).width == 128
-    assert load_model_config("DEMO", path, **{"height": 64}).height == 64
-    mine = load_model_config("mine", path)
+    assert load_model_entry("demo", path).width == 128
+    assert load_model_entry("DEMO", path, **{"height": 64}).height == 64
+    mine = load_model_entry("mine", path)
     assert (mine.source, mine.lora.source, mine.lora.scale) == ("./weights", "./lora", 1.0)
     assert mine.replace(lora=None).lora is None
     assert mine.replace(**mine.to_dict()) == mine
-    assert list_model_configs(path) == [*list_model_configs(), "mine"]
+    assert list_model_entries(path) == [*list_model_entries(), "mine"]
 
 
 @pytest.mark.parametrize(
@@ -92,9 +91,9 @@ def test_users_file_and_overrides_are_laid_over(tmp_path):
 )
 def test_a_mistake_names_the_key(overrides, message):
     with pytest.raises(ValueError, match=message):
-        load_model_config("demo", **overrides)
+        load_model_entry("demo", **overrides)
 
 
 def test_unknown_run_lists_what_exists():
     with pytest.raises(ValueError, match=r"unknown model 'wan21_14'.*mean 'wan21_14b'.*cogvideo_5b_lora"):
-        load_model_config("wan21_14")
+        load_model_entry("wan21_14")

@@ -18,10 +18,10 @@ from psa_diffusers.ops import reference
 from psa_diffusers.ops.layout import make_layout
 from psa_diffusers.ops.orders import video_order
 from psa_diffusers.ops.reference.schedule import Schedule
+from psa_diffusers.ops.types import KEY_VARIANCE_CAP
 from psa_diffusers.pipelines.enable import disable_psa, enable_psa
 from psa_diffusers.pipelines.report import psa_report
 from psa_diffusers.pipelines.state import state_of
-from psa_diffusers.presets.schema import KEY_VARIANCE_CAP
 from psa_diffusers.processors import sparse as processor
 from psa_diffusers.processors.reuse import MOST_BRANCHES, KeptSchedules
 

@@ -14,7 +14,7 @@ from psa_diffusers import PSAPreset, disable_psa, enable_psa, psa_attention, psa
 from psa_diffusers.ops import reference
 from psa_diffusers.ops.layout import make_layout
 from psa_diffusers.ops.orders import video_order
-from psa_diffusers.presets.schema import KEY_VARIANCE_CAP
+from psa_diffusers.ops.types import KEY_VARIANCE_CAP
 from psa_diffusers.processors.dense import fastest_dense
 
 pytestmark = pytest.mark.gpu
