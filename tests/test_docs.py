@@ -19,8 +19,7 @@ from lora_files import lora_file
 
 import psa_diffusers
 from psa_diffusers.lora import load as lora
-from psa_diffusers.presets.model_entries import list_model_configs
-from psa_diffusers.presets.schema import list_presets, load_preset
+from psa_diffusers.presets import list_model_entries, list_presets, load_preset
 
 ROOT = Path(__file__).parents[1]
 ENGLISH, CHINESE = ((ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "README_zh.md"))
@@ -104,7 +103,7 @@ def test_the_commands_are_understood(command, capsys):
             parse(args[1:])
         return
     options = parse(args[1:])
-    assert options.model in list_model_configs()
+    assert options.model in list_model_entries()
 
 
 def test_options_in_the_text_exist(capsys):
@@ -141,7 +140,7 @@ def test_the_tables_hold_every_published_preset(text):
     for section, names in rows.items():
         assert set(names.split(", ")) == set(presets[section]) - OWN_PRESETS
         assert OWN_PRESETS <= set(presets[section])
-    for model in list_model_configs():
+    for model in list_model_entries():
         assert model in text
 
 
