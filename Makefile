@@ -2,8 +2,10 @@
 #   make demo                    generate a video with PSA on, on any machine
 #   make test                    run the tests
 #   make test PYTHON=python3.12  with another Python (3.11 or newer)
-#   make test-oldest             run the tests with the oldest diffusers that pyproject.toml allows
+#   make check                   format, lint, types, and the docs as a site: a minute, so first
+#   make test-oldest             run the tests that touch diffusers with the oldest that pyproject.toml allows
 #   make test-oldest DIFFUSERS=0.38.0   with any other
+#   make test-extras             run the tests that need packages which nothing else needs
 
 PYTHON ?= python3
 WORKERS ?= 2
@@ -18,7 +20,14 @@ PYTEST := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(WORKER
 DIFFUSERS ?= $(shell sed -n 's/.*"diffusers>=\([0-9.]*\),.*/\1/p' pyproject.toml)
 OTHER := $(VENV)/diffusers-$(DIFFUSERS)
 
-.PHONY: install demo test test-oldest bench lint clean
+# the folders whose tests run code of diffusers
+ON_DIFFUSERS := tests/models tests/pipelines tests/processors tests/lora tests/calibration tests/cli
+
+# the same for what PSA is tested together with and does not need: the versions are in constraints.txt
+EXTRAS := torchao bitsandbytes cache-dit
+EXTRAS_DIR := $(VENV)/extras
+
+.PHONY: install demo check lint types docs test test-oldest test-extras bench clean
 
 install: $(STAMP)
 
@@ -42,15 +51,31 @@ test-oldest: install
 	test -d $(OTHER) || $(BIN)/python -m pip install --quiet -c constraints.txt --target $(OTHER).part 'httpx<1'
 	test -d $(OTHER) || $(BIN)/python -m pip install --quiet --target $(OTHER).part --no-deps diffusers==$(DIFFUSERS)
 	test -d $(OTHER) || mv $(OTHER).part $(OTHER)
-	PYTHONPATH=$(CURDIR)/$(OTHER) $(PYTEST) -m "not interpreter"
+	PYTHONPATH=$(CURDIR)/$(OTHER) $(PYTEST) -m "not interpreter" $(ON_DIFFUSERS)
+
+test-extras: $(EXTRAS_DIR)/.installed
+	PYTHONPATH=$(CURDIR)/$(EXTRAS_DIR) $(PYTEST) tests/pipelines -k "torchao or bitsandbytes or cache_dit"
+
+$(EXTRAS_DIR)/.installed: constraints.txt | install
+	rm -rf $(EXTRAS_DIR)
+	$(BIN)/python -m pip install --quiet -c constraints.txt --target $(EXTRAS_DIR) --no-deps $(EXTRAS)
+	touch $@
 
 bench: install
 	$(BIN)/python -m scripts.benchmarks.attention
+
+check: lint types docs
 
 lint: install
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 
+types: install
+	$(BIN)/mypy
+
+docs: install
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+
 clean:
-	rm -rf outputs dist build .pytest_cache .hypothesis .ruff_cache
+	rm -rf outputs dist build site .pytest_cache .hypothesis .ruff_cache .mypy_cache
 	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
