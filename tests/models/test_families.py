@@ -1,6 +1,6 @@
 """The battery that every family passes on small real pipelines, and what is written down about families.
 
-A family gets it by a row in tests/tiny.py.
+A family gets it by a row in its file in tests/support/tiny_models.
 """
 
 import hashlib
@@ -403,7 +403,7 @@ def test_the_models_own_sparse_attention_stays(monkeypatch):
 
 def test_every_family_has_a_tiny_pipeline():
     without = {family.name for family in families()} - {case.family for case in (ALL_CASES | MISSING).values()}
-    assert not without, f"add a tiny pipeline of {', '.join(sorted(without))} to tests/tiny.py"
+    assert not without, f"add a tiny pipeline of {', '.join(sorted(without))} to tests/support/tiny_models"
 
 
 def test_every_pipeline_that_is_listed_has_run():
