@@ -2,7 +2,7 @@
 
     python -m scripts.benchmarks.attention                     CogVideoX-5B at 480p, one head (what a CPU can do)
     python -m scripts.benchmarks.attention --shape all --json docs/benchmarks/gpu_h200.jsonl      on a GPU: every shape
-    python -m scripts.benchmarks.attention --shape wan2.1-1.3b-720p --peers --psa_checkout ../psa --pisa_checkout ../pisa
+    python -m scripts.benchmarks.attention --shape wan2.1-1.3b-720p --peers --psa_checkout ../psa
     python -m scripts.benchmarks.attention --plot docs/figures/speed.png --draw_from docs/benchmarks/gpu_h200.jsonl
 
 A gate comes first: reading everything at full resolution must be dense attention, and each mix must agree with the
@@ -29,8 +29,9 @@ from psa_diffusers.attention import resolve_backend
 from psa_diffusers.cli.generation import environment
 from psa_diffusers.ops import reference
 from psa_diffusers.ops.layout import make_layout
-from psa_diffusers.ops.types import KEY_VARIANCE_CAP
+from psa_diffusers.ops.types import LevelRule
 
+from . import peers
 from .fields import make_field
 from .mixes import CPU_MIXES, GPU_MIXES, MIXES, fitted
 from .timing import extra_memory, matrix_rate, pair_medians, relative_error, timed
@@ -79,11 +80,11 @@ class StagedCall:
         self.q, self.k, self.v, self.preset = q, k, v, preset
         self.where = {"grid": shape.grid, "text_tokens": shape.text_tokens}
         self.scale = q.shape[3] ** -0.5
-        self.column = reference
+        self.backend = reference
         if resolve_backend("auto", q) == "triton":
             from psa_diffusers.ops import triton as triton_backend
 
-            self.column = triton_backend
+            self.backend = triton_backend
         self.layout = make_layout(
             shape.grid,
             shape.text_tokens,
@@ -100,24 +101,20 @@ class StagedCall:
 
     def pyramid(self):
         terms = {"key_variance": self.preset.key_variance, "value_tilt": self.preset.value_tilt}
-        pyramid = self.column.build_pyramid(self.k, self.v, self.layout, self.preset.factors, **terms)
+        pyramid = self.backend.build_pyramid(self.k, self.v, self.layout, self.preset.factors, **terms)
         if self.preset.value_tilt and self.preset.tilt_gain == "sampled":
-            pyramid = self.column.fit_tilt(pyramid, self.q, self.k, self.v, self.layout, self.scale)
+            pyramid = self.backend.fit_tilt(pyramid, self.q, self.k, self.v, self.layout, self.scale)
         return pyramid
 
     def importance(self, pyramid):
-        return self.column.block_importance(self.q, self.k, self.layout, self.preset.importance, self.scale, pyramid)
+        return self.backend.block_importance(self.q, self.k, self.layout, self.preset.importance, self.scale, pyramid)
 
     def schedule(self, importance, pyramid):
-        return self.column.plan_blocks(
-            importance, self.layout, self.preset.levels, self.preset.mask_mode, self.preset.factors,
-            min_full_ratio=self.preset.min_full_ratio, finite=pyramid.finite,
-        )  # fmt: skip
+        rule = LevelRule(self.preset.levels, self.preset.mask_mode, self.preset.min_full_ratio)
+        return self.backend.plan_blocks(importance, self.layout, rule, self.preset.factors, finite=pyramid.finite)
 
     def attend(self, pyramid, schedule):
-        return self.column.attend(
-            self.q, self.k, self.v, pyramid, schedule, self.layout, scale=self.scale, variance_cap=KEY_VARIANCE_CAP
-        )
+        return self.backend.attend(self.q, self.k, self.v, pyramid, schedule, self.layout, self.scale)
 
     def split(self, milliseconds):
         """Medians of planning and of a whole call, from the same calls; planning ends when attention can begin."""
@@ -156,8 +153,7 @@ class StagedCall:
             )  # fmt: skip
             if self.preset.value_tilt and self.preset.tilt_gain == "sampled":
                 pyramid = reference.fit_tilt(pyramid, *inputs, self.layout, self.scale)
-            whole = {"scale": self.scale, "variance_cap": KEY_VARIANCE_CAP}
-            results.append(reference.attend(*inputs, pyramid, short, self.layout, **whole))
+            results.append(reference.attend(*inputs, pyramid, short, self.layout, self.scale))
         rows = torch.cat([self.layout.query_rows.view(blocks, -1)[i] for i in some]).long()
         rows = rows[rows >= 0]
         rounded, truth = (x[0, 0, rows].double() for x in results)
@@ -174,8 +170,6 @@ def time_shape(name, shape, q, k, v, args, rate, emit):
     on_gpu = device.startswith("cuda")
     dense = lambda: F.scaled_dot_product_attention(q, k, v)  # noqa: E731
     if on_gpu:
-        from . import peers
-
         dense = peers.dense(q, k, v, "cudnn")
     truth = dense()
     full = StagedCall(q, k, v, shape, MIXES["all"].replace(name="all"))
@@ -247,8 +241,6 @@ def time_shape(name, shape, q, k, v, args, rate, emit):
 
 def time_peers(base, q, k, v, staged, pyramid, truth, density, dense_ms, work, rate, args, emit):
     """FlexAttention at the same density, and the repositories that were given, in the same process."""
-    from . import peers
-
     rows = staged.layout.key_rows
     ours, as_given = rows[rows >= 0].long(), slice(None)
     # each with the order in which the tokens of its result stand

@@ -1,13 +1,13 @@
 """Compare choices of levels: error of the attention output against its density, beside dense attention and the peers.
 
-    python scripts/evaluate_levels.py                                     synthetic fields, about 3 minutes on two cores
-    python scripts/evaluate_levels.py --qkv docs/data/trained_head.safetensors
-    python scripts/evaluate_levels.py --qkv recorded.safetensors --grid 13 30 45 --text_tokens 226
-    python scripts/evaluate_levels.py --presets psa_fast psa_cover --config my_presets.yaml
-    python scripts/evaluate_levels.py --record demo                       heads of a running pipeline, recorded first
-    python scripts/evaluate_levels.py --suite heldout                     96 cases kept apart from tuning, longer
-    python scripts/evaluate_levels.py --suite acceptance --qkv FILE       what our presets must hold, with bounds
-    python scripts/evaluate_levels.py --json heads.jsonl --json_table table.jsonl --plot levels.png
+    python -m scripts.benchmarks.levels                           synthetic fields, about 3 minutes on two cores
+    python -m scripts.benchmarks.levels --qkv docs/data/trained_head.safetensors
+    python -m scripts.benchmarks.levels --qkv recorded.safetensors --grid 13 30 45 --text_tokens 226
+    python -m scripts.benchmarks.levels --presets psa_fast psa_cover --config my_presets.yaml
+    python -m scripts.benchmarks.levels --record demo             heads of a running pipeline, recorded first
+    python -m scripts.benchmarks.levels --suite heldout           96 cases kept apart from tuning, longer
+    python -m scripts.benchmarks.levels --suite acceptance --qkv FILE   what our presets must hold, with bounds
+    python -m scripts.benchmarks.levels --json heads.jsonl --json_table table.jsonl --plot levels.png
 
 Every method runs through the stages of psa_attention. Rows of the table: the presets; the rule of psa_cover at other
 densities ("this project"); the published choice (its ratios, blocks of 128, Gilbert order, largest score of random
@@ -20,23 +20,19 @@ Ratios are to the published choice, head by head.
 import argparse
 import json
 import math
-import re
 import sys
 import tempfile
 from collections import defaultdict
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from psa_diffusers import PSAPreset, list_presets, load_preset, record_qkv
-from psa_diffusers.calibration.calibrate import ladder_ratios
+from psa_diffusers import PSAPreset, record_qkv
 from psa_diffusers.cli.generation import call_defaults, generate
 from psa_diffusers.cli.opening import add_call_options, open_model, read_prompts
-from psa_diffusers.cli.published import published_choice
-from psa_diffusers.ops.layout import Layout, make_layout
+from psa_diffusers.ops.layout import Layout
 from psa_diffusers.ops.reference import (
     assign_block_levels,
     attend,
@@ -45,163 +41,15 @@ from psa_diffusers.ops.reference import (
     fit_tilt,
     make_schedule,
 )
-from psa_diffusers.ops.reference.importance import reduce_scores
-from psa_diffusers.ops.reference.pyramid import Pyramid
-from psa_diffusers.ops.types import KEY_VARIANCE_CAP
+from psa_diffusers.ops.types import LevelRule, Pyramid
 
-from .acceptance import PRESETS, show_acceptance
-from .fields import FIELDS, make_field
+from .acceptance import show_acceptance
+from .fields import FIELDS
+from .heads import Head, Truth, dense_truth, field_heads, lay_out, published_importance, recorded_heads
+from .methods import Method, acceptance_methods, choose_methods, label
 
 DENSITIES = (0.05, 0.07, 0.10, 0.15, 0.20)
 TUNING_SEED, HELDOUT_SEED = 0, 1000
-
-
-@dataclass(frozen=True)
-class Method:
-    """A row of the table, or a point of a line in the picture.
-
-    Args:
-        line: Name of the line in the picture.
-        preset: What to run.
-        published_estimator: Whether importance comes from random positions that all blocks share, as published.
-    """
-
-    line: str
-    preset: PSAPreset
-    published_estimator: bool = False
-
-    @property
-    def name(self) -> str:
-        return self.preset.name
-
-
-@dataclass(frozen=True, eq=False)
-class Case:
-    """q, k, v ``[1, 1, L, D]`` of one head, and where its tokens stand."""
-
-    name: str
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    grid: tuple[int, int, int]
-    text_tokens: int
-    text_first: bool
-    scale: float
-
-
-@dataclass(frozen=True, eq=False)
-class Truth:
-    """Dense attention of the sampled rows under one layout.
-
-    Attributes:
-        blocks: Sampled query blocks, all of them video.
-        rows: Tokens of their queries.
-        out: ``[rows, D]`` dense output.
-        mass: ``[blocks, N]`` share of attention that each key block receives, mean over the queries of a block.
-    """
-
-    blocks: Tensor
-    rows: Tensor
-    out: Tensor
-    mass: Tensor
-
-
-def choose_methods(args) -> list[Method]:
-    """The presets that were asked for, and the baselines."""
-    known = list_presets(args.model, config=args.config) if args.config else list_presets(args.model)
-    names = args.presets or [name for name in known if load_preset(args.model, name, config=args.config).type == "psa"]
-    presets = [load_preset(args.model, name, config=args.config) for name in names]
-    methods = [Method(preset.name, preset) for preset in presets]
-    methods.append(Method("dense", PSAPreset(type="dense", name="dense")))
-    ours = load_preset(args.model, "psa_cover", config=args.config)
-    for density in args.densities:
-        ratios = ladder_ratios(density, ours.block_n)
-        methods.append(Method("this project", ours.replace(name=_label("this project", density), mask_ratios=ratios)))
-        published = published_choice(density, name=_label("published", density))
-        methods.append(Method("published", published, published_estimator=True))
-        for block in (64, 128):
-            coarse = {"rearrange_method": args.baseline_order, "block_size": {"m": block, "n": block}}
-            exact = (density - 1 / block) / (1 - 1 / block)
-            covered = PSAPreset(mask_ratios=((1, exact), (block, 1.0)), **coarse)
-            for order, tilt in (("zeroth", False), ("first", True)):
-                name = f"top + mean, {order} order, {block}"
-                methods.append(Method(name, covered.replace(name=_label(name, density), value_tilt=tilt)))
-        dropping = PSAPreset(name=_label("top, rest dropped", density), mask_ratios=((1, density), (0, 1.0)))
-        dropping = dropping.replace(rearrange_method=args.baseline_order)
-        methods.append(Method("top, rest dropped", dropping))
-    return methods
-
-
-def acceptance_methods(args) -> list[Method]:
-    """Our presets, the published choice, and the peer that comes nearest at the densities of our presets."""
-    methods = [Method("published", published_choice(), published_estimator=True)]
-    for name in PRESETS:
-        preset = load_preset(args.model, name, config=args.config)
-        methods.append(Method(name, preset))
-        for block in (64, 128):
-            exact = (_density(preset) - 1 / block) / (1 - 1 / block)
-            peer = PSAPreset(
-                name=f"first order {name} {block}",
-                rearrange_method=args.baseline_order,
-                block_size={"m": block, "n": block},
-                mask_ratios=((1, exact), (block, 1.0)),
-                value_tilt=True,
-            )
-            methods.append(Method("first order", peer))
-    return methods
-
-
-def _density(preset: PSAPreset) -> float:
-    starts = (0.0, *(end for _, end in preset.levels))
-    return sum((end - start) / f for (f, end), start in zip(preset.levels, starts, strict=False) if f)
-
-
-def _label(line: str, density: float) -> str:
-    return f"{line} @{density:g}"
-
-
-def field_cases(args):
-    """Synthetic heads, one a field, size and seed."""
-    for grid in args.grids:
-        for dim in args.dims:
-            for text in args.text:
-                for seed in args.seeds:
-                    for field in args.fields:
-                        name = f"{field} {'x'.join(map(str, grid))} D{dim} text{text} seed{seed}"
-                        qkv = make_field(field, grid, dim, text_tokens=text, seed=seed)
-                        yield Case(name, *qkv, grid, text, True, dim**-0.5)
-
-
-def recorded_cases(args):
-    """Heads of a safetensors file whose keys end in q, k and v; `record_qkv` writes such files, with their places."""
-    from safetensors import safe_open
-
-    with safe_open(args.qkv, "pt") as file:
-        meta = file.metadata() or {}
-        places = {record["key"]: record for record in json.loads(meta.get("records", "[]"))}
-        of_file = {
-            "grid": args.grid or [int(size) for size in re.findall(r"\d+", meta.get("grid", ""))],
-            "text_tokens": int(meta.get("text_tokens", 0)) if args.text_tokens is None else args.text_tokens,
-            "text_first": meta.get("text_first", "true").lower() != "false",
-        }
-        stems = sorted(key[: -len("q")] for key in file.keys() if re.fullmatch(r"(.*\.)?q", key))
-        if not stems:
-            sys.exit(f"{args.qkv}: expected keys that end in q, k and v, such as layer0.q; got {list(file.keys())[:5]}")
-        number = 0
-        for stem in stems:
-            q, k, v = (file.get_tensor(stem + part).float() for part in "qkv")
-            place = {"scale": q.shape[-1] ** -0.5, **of_file, **places.get(stem, {})}
-            grid, text = tuple(place["grid"]), place["text_tokens"]
-            if len(grid) != 3 or math.prod(grid) + text != q.shape[2]:
-                sys.exit(
-                    f"{args.qkv}: {q.shape[2]} tokens do not match grid {list(grid)} and {text} text tokens; "
-                    "pass --grid FRAMES HEIGHT WIDTH and --text_tokens"
-                )
-            for b, h in ((b, h) for b in range(q.shape[0]) for h in range(q.shape[1])):
-                if args.part in (None, ("even", "odd")[number % 2]):
-                    head = (x[b : b + 1, h : h + 1] for x in (q, k, v))
-                    yield Case(f"{stem}{b}.{h}", *head, grid, text, place["text_first"], place["scale"])
-                number += 1
 
 
 def record(args, path: Path) -> None:
@@ -215,105 +63,55 @@ def record(args, path: Path) -> None:
     print(f"{len(recording.records)} calls of self-attentions recorded, steps {steps} of {count}")
 
 
-def lay_out(case: Case, preset: PSAPreset) -> Layout:
-    return make_layout(
-        case.grid,
-        case.text_tokens,
-        case.text_first,
-        preset.block_m,
-        preset.block_n,
-        preset.order,
-        preset.tile_size,
-        case.q.device,
-    )
-
-
-def dense_truth(case: Case, layout: Layout, sampled_queries: int) -> Truth:
-    """Dense attention for evenly spread query blocks that hold about ``sampled_queries`` queries."""
-    scale = case.scale
-    video = layout.video_query_blocks
-    count = min(video, max(1, sampled_queries // layout.block_m))
-    blocks = torch.linspace(0, video, 2 * count + 1)[1::2].long().unique()
-    lanes = layout.query_rows.view(-1, layout.block_m)[blocks]
-    keys = layout.key_rows.clamp_min(0).long()
-    empty = layout.key_rows < 0
-    k, v = case.k[0, 0, keys], case.v[0, 0, keys]
-    rows, outs, masses = [], [], []
-    for lane in lanes:
-        tokens = lane[lane >= 0].long()
-        weights = (case.q[0, 0, tokens] @ k.T * scale).masked_fill_(empty, -math.inf).softmax(-1)
-        rows.append(tokens)
-        outs.append(weights @ v)
-        masses.append(weights.view(len(tokens), layout.num_key_blocks, -1).sum(-1).mean(0))
-    return Truth(blocks, torch.cat(rows), torch.cat(outs), torch.stack(masses))
-
-
-def published_importance(case: Case, layout: Layout, scale: float, seed: int = 0) -> Tensor:
-    """Largest softmaxed score of a quarter of the positions of both blocks, drawn once and shared by all blocks.
-
-    Source: arXiv:2512.04025, section 3.
-    """
-    rng = torch.Generator().manual_seed(seed)
-    parts = []
-    for x, rows, block in ((case.q, layout.query_rows, layout.block_m), (case.k, layout.key_rows, layout.block_n)):
-        place = torch.randperm(block, generator=rng)[: block // 4].sort().values
-        place[0] = 0  # a short block has its tokens at the front: one of them is looked at
-        drawn = rows.view(-1, block)[:, place].flatten()
-        parts += [x.index_select(2, drawn.clamp_min(0).long()), (drawn >= 0).float()]
-    return reduce_scores(*parts, layout, 4, scale, mass=False)
-
-
-def run_method(case: Case, method: Method, truths: dict, pyramids: dict, sampled_queries: int) -> dict:
+def run_method(head: Head, method: Method, truths: dict, pyramids: dict, sampled_queries: int) -> dict:
     """Error, density and shares of one method on one head."""
-    preset = method.preset.for_video(math.prod(case.grid))
-    layout = lay_out(case, preset)
+    preset = method.preset.for_video(math.prod(head.grid))
+    layout = lay_out(head, preset)
     if layout not in truths:
-        truths[layout] = dense_truth(case, layout, sampled_queries)
+        truths[layout] = dense_truth(head, layout, sampled_queries)
     truth = truths[layout]
     if preset.type == "dense":
-        return measure(truth.out, truth, density=1.0, shares={1: 1.0})
-    scale = case.scale
-    pyramid = pyramid_of(case, preset, layout, pyramids)
+        return errors_of(truth.out, truth, density=1.0, shares={1: 1.0})
+    scale = head.scale
+    pyramid = pyramid_of(head, preset, layout, pyramids)
     key = (layout, preset.importance, method.published_estimator)
     if key not in pyramids:
         pyramids[key] = (
-            published_importance(case, layout, scale)
+            published_importance(head, layout, scale)
             if method.published_estimator
-            else block_importance(case.q, case.k, layout, preset.importance, scale)
+            else block_importance(head.q, head.k, layout, preset.importance, scale)
         )
-    level_map = assign_block_levels(
-        pyramids[key], layout, preset.levels, preset.mask_mode, min_full_ratio=preset.min_full_ratio
-    )
+    rule = LevelRule(preset.levels, preset.mask_mode, preset.min_full_ratio)
+    level_map = assign_block_levels(pyramids[key], layout, rule)
     density = make_schedule(level_map[:, :, : layout.video_query_blocks], preset.factors, preset.block_n).density()
     sampled = torch.zeros_like(level_map)
     sampled[:, :, truth.blocks] = level_map[:, :, truth.blocks]
     out = attend(
-        case.q,
-        case.k,
-        case.v,
+        head.q,
+        head.k,
+        head.v,
         pyramid,
         make_schedule(sampled, preset.factors, preset.block_n),
         layout,
         scale=scale,
-        variance_cap=KEY_VARIANCE_CAP,
     )[0, 0, truth.rows]
     levels = level_map[0, 0, truth.blocks]
     shares = {factor: float((truth.mass * (levels == factor)).sum(1).mean()) for factor in (*preset.factors, 0)}
-    return measure(out, truth, density=float(density), shares=shares)
+    return errors_of(out, truth, density=float(density), shares=shares)
 
 
-def pyramid_of(case: Case, preset: PSAPreset, layout: Layout, made: dict) -> Pyramid:
+def pyramid_of(head: Head, preset: PSAPreset, layout: Layout, made: dict) -> Pyramid:
     """The pyramid of a preset, made once for all methods that share it."""
     terms = {"key_variance": preset.key_variance, "value_tilt": preset.value_tilt}
     key = (layout, preset.factors, *terms.values(), preset.tilt_gain)
     if key not in made:
-        made[key] = build_pyramid(case.k, case.v, layout, preset.factors, **terms)
+        made[key] = build_pyramid(head.k, head.v, layout, preset.factors, **terms)
         if preset.value_tilt and preset.tilt_gain == "sampled":
-            made[key] = fit_tilt(made[key], case.q, case.k, case.v, layout, case.scale)
+            made[key] = fit_tilt(made[key], head.q, head.k, head.v, layout, head.scale)
     return made[key]
 
 
-def measure(out: Tensor, truth: Truth, *, density: float, shares: dict[int, float]) -> dict:
+def errors_of(out: Tensor, truth: Truth, *, density: float, shares: dict[int, float]) -> dict:
     """Errors against dense attention over the sampled rows; worst 1 %: mean of the worst rows, at least one."""
     gap, size = out - truth.out, truth.out
     l1, l2 = gap.abs().sum(1), gap.norm(dim=1)
@@ -337,7 +135,7 @@ def summarise(lines: list[dict]) -> list[dict]:
     by_method = defaultdict(dict)
     for line in lines:
         by_method[line["method"]][line["case"]] = line
-    published = by_method[_label("published", 0.15)]
+    published = by_method[label("published", 0.15)]
     table = []
     for method, heads in by_method.items():
         errors = torch.tensor([line["relative_l1"] for line in heads.values()])
@@ -346,7 +144,7 @@ def summarise(lines: list[dict]) -> list[dict]:
             row[key] = sum(line[key] for line in heads.values()) / len(heads)
         row["worst_head"] = float(errors.max())
         if published:
-            known = torch.tensor([published[case]["relative_l1"] for case in heads])
+            known = torch.tensor([published[head]["relative_l1"] for head in heads])
             ratio = errors / known.clamp_min(1e-12)
             row |= {
                 "ratio_of_means": float(errors.mean() / known.mean()),
@@ -499,26 +297,26 @@ def parse(argv=None):
     return args
 
 
-def evaluate(cases, methods: list[Method], queries: int, total: int | None = None, group: str = "") -> list[dict]:
+def evaluate(heads, methods: list[Method], queries: int, total: int | None = None, group: str = "") -> list[dict]:
     """One dict a head and method."""
     lines = []
-    for case in tqdm(cases, total=total, unit="head", desc=group or None, disable=None):
+    for head in tqdm(heads, total=total, unit="head", desc=group or None, disable=None):
         truths, made = {}, {}
         for method in methods:
-            result = run_method(case, method, truths, made, queries)
-            lines.append({"group": group, "case": case.name, "method": method.name, "line": method.line, **result})
+            result = run_method(head, method, truths, made, queries)
+            lines.append({"group": group, "case": head.name, "method": method.name, "line": method.line, **result})
     return lines
 
 
 def accept(args) -> list[dict]:
     """The lines of the acceptance suite: recorded heads, if there are any, fields A to H, and those of other kinds."""
     methods = acceptance_methods(args)
-    lines = evaluate(recorded_cases(args), methods, 4 * args.queries, group="recorded") if args.qkv else []
+    lines = evaluate(recorded_heads(args), methods, 4 * args.queries, group="recorded") if args.qkv else []
     shapes = len(args.grids) * len(args.dims) * len(args.text)
     for group, fields in (("fields", "ABCDEFGH"), ("other", "IJKL")):
         chosen = argparse.Namespace(**{**vars(args), "fields": [field for field in fields if field in args.fields]})
         if chosen.fields:
-            lines += evaluate(field_cases(chosen), methods, args.queries, shapes * len(chosen.fields), group)
+            lines += evaluate(field_heads(chosen), methods, args.queries, shapes * len(chosen.fields), group)
     return lines
 
 
@@ -532,10 +330,10 @@ def main(argv=None):
         if args.suite == "acceptance":
             lines = accept(args)
         elif args.qkv:
-            lines = evaluate(recorded_cases(args), choose_methods(args), args.queries)
+            lines = evaluate(recorded_heads(args), choose_methods(args), args.queries)
         else:
             total = len(args.grids) * len(args.dims) * len(args.text) * len(args.seeds) * len(args.fields)
-            lines = evaluate(field_cases(args), choose_methods(args), args.queries, total)
+            lines = evaluate(field_heads(args), choose_methods(args), args.queries, total)
     if args.json:
         write_lines(lines, args.json)
     if args.suite == "acceptance":

@@ -1,7 +1,7 @@
 """Time a Wan denoiser on one GPU and over several, with dense attention and with PSA; needs no network and no weights.
 
-    torchrun --nproc_per_node=2 scripts/benchmark_parallel.py
-    torchrun --nproc_per_node=2 scripts/benchmark_parallel.py --shape wan2.1-1.3b-480p --layers 8
+    torchrun --nproc_per_node=2 -m scripts.benchmarks.parallel
+    torchrun --nproc_per_node=2 -m scripts.benchmarks.parallel --shape wan2.1-1.3b-480p --layers 8
 
 The denoiser has the width, heads and tokens of the real one, random weights, and a few of its layers, all alike. Every
 process first runs it alone; then its tokens are split by diffusers' context parallelism (Ulysses). Before a time is
@@ -25,11 +25,13 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from .timing import relative_error
+
 ROUNDING = {"bfloat16": 2e-2, "float16": 3e-3, "float32": 1e-4}  # relative L1 of two ways to round the same forward
 
 
 @dataclass(frozen=True)
-class Shape:
+class DenoiserShape:
     """A denoiser that somebody runs: its size, and the latents of a video."""
 
     section: str
@@ -40,11 +42,11 @@ class Shape:
 
 
 SHAPES = {
-    "wan2.1-14b-720p": Shape("Wan2.1_14b", 40, 128, 13824, (21, 90, 160)),
-    "wan2.1-14b-480p": Shape("Wan2.1_14b", 40, 128, 13824, (21, 60, 104)),
-    "wan2.1-1.3b-480p": Shape("Wan2.1_1.3b", 12, 128, 8960, (21, 60, 104)),
-    "wan2.2-5b-704p": Shape("Wan2.2_5B", 24, 128, 14336, (31, 44, 80)),
-    "smoke": Shape("Wan2.1_1.3b", 4, 32, 64, (4, 16, 16)),  # for a CPU: whether the program runs
+    "wan2.1-14b-720p": DenoiserShape("Wan2.1_14b", 40, 128, 13824, (21, 90, 160)),
+    "wan2.1-14b-480p": DenoiserShape("Wan2.1_14b", 40, 128, 13824, (21, 60, 104)),
+    "wan2.1-1.3b-480p": DenoiserShape("Wan2.1_1.3b", 12, 128, 8960, (21, 60, 104)),
+    "wan2.2-5b-704p": DenoiserShape("Wan2.2_5B", 24, 128, 14336, (31, 44, 80)),
+    "smoke": DenoiserShape("Wan2.1_1.3b", 4, 32, 64, (4, 16, 16)),  # for a CPU: whether the program runs
 }
 
 
@@ -179,14 +181,10 @@ class Bench:
         }
 
 
-def relative_error(out, truth):
-    return float((out - truth).abs().float().sum() / truth.abs().float().sum())
-
-
 def main(argv=None):
     args = parse(argv)
     if "RANK" not in os.environ:
-        sys.exit("start it with torchrun --nproc_per_node=2 scripts/benchmark_parallel.py")
+        sys.exit("start it with torchrun --nproc_per_node=2 -m scripts.benchmarks.parallel")
     local = int(os.environ["LOCAL_RANK"])
     device = torch.device(args.device, local) if args.device == "cuda" else torch.device("cpu")
     if args.device == "cuda":

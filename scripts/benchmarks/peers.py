@@ -5,13 +5,16 @@ included, or raises with the reason why it cannot run here.
 """
 
 import sys
+from importlib.machinery import PathFinder
+from importlib.util import module_from_spec
 from pathlib import Path
+from types import ModuleType
 
 import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-PUBLISHED = {1: (0.0, 0.1), 2: (0.1, 0.15), 4: (0.15, 0.15), 8: (0.15, 0.35), 0: (0.35, 1.0)}
+OFFICIAL_RATIOS = {1: (0.0, 0.1), 2: (0.1, 0.15), 4: (0.15, 0.15), 8: (0.15, 0.35), 0: (0.35, 1.0)}
 _compiled_flex = None
 
 
@@ -63,12 +66,32 @@ def flex(q, k, v, density, importance, order):
     return call
 
 
+def package_of(folder: Path, name: str) -> ModuleType:
+    """Import a package that stands in a folder, without letting anything else be found there.
+
+    Raises:
+        ModuleNotFoundError: If the folder holds no such package.
+    """
+    if name in sys.modules:
+        return sys.modules[name]
+    spec = PathFinder.find_spec(name, [str(folder)])
+    if spec is None or spec.loader is None:
+        raise ModuleNotFoundError(f"no package {name} in {folder}")
+    sys.modules[name] = module_from_spec(spec)  # first: its own modules import it
+    try:
+        spec.loader.exec_module(sys.modules[name])
+    except BaseException:
+        del sys.modules[name]
+        raise
+    return sys.modules[name]
+
+
 def official_psa(q, k, v, checkout):
     """The official PSA plug-in with the published shares and blocks of 128; tokens as they stand, no reordering."""
-    sys.path.insert(0, str(Path(checkout) / "src"))
-    from psa_triton import PSAAttention, PSAConfig
-
-    module = PSAAttention(PSAConfig(block_m=128, block_n=128, tile_n=32, mask_ratios=PUBLISHED, mask_mode="topk"))
+    psa_triton = package_of(Path(checkout) / "src", "psa_triton")
+    module = psa_triton.PSAAttention(
+        psa_triton.PSAConfig(block_m=128, block_n=128, tile_n=32, mask_ratios=OFFICIAL_RATIOS, mask_mode="topk")
+    )
     return lambda: module(q, k, v)
 
 
@@ -76,9 +99,7 @@ def pisa(q, k, v, density, checkout):
     """PISA: top blocks of 64, and the mean and first order of the others."""
     import triton
 
-    sys.path.insert(0, str(checkout))
-    from piecewise_attn import piecewise_sparse_attention
-
+    piecewise_sparse_attention = package_of(checkout, "piecewise_attn").piecewise_sparse_attention
     # its kernel makes tensor descriptors on the device, which need room
     triton.set_allocator(lambda size, align, stream: torch.empty(size, dtype=torch.int8, device="cuda"))
     q, k, v = (x.contiguous() for x in (q, k, v))

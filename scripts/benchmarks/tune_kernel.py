@@ -1,7 +1,7 @@
-"""Measure launches of the Triton kernels on this GPU, for the table in psa_diffusers/kernels/tuning.py.
+"""Measure launches of the Triton kernels on this GPU, for the table in psa_diffusers/ops/triton/tuning.py.
 
-    python scripts/tune_kernel.py                                            every kernel, head dimensions 64 and 128
-    python scripts/tune_kernel.py --kernel importance covariance --head_dim 128 --json docs/benchmarks/tuning.jsonl
+    python -m scripts.benchmarks.tune_kernel                                  every kernel, head dimensions 64 and 128
+    python -m scripts.benchmarks.tune_kernel --kernel importance covariance --head_dim 128 --json tuning.jsonl
 
 Nothing is tuned while a user waits: a row of the table is what won here, and the line with its times is the reason.
 Candidates are compiled by several processes first, then timed one after the other. One that gives another result than
@@ -25,8 +25,9 @@ from psa_diffusers.ops import triton as triton_backend
 from psa_diffusers.ops.layout import make_layout
 from psa_diffusers.ops.triton import tuning
 
-COVER = {1: [0, 0.06], 2: [0.06, 0.1], 4: [0.1, 0.2], 8: [0.2, 0.3], 16: [0.3, 0.4], 32: [0.4, 1]}
-SHAPES = {64: (48, (13, 30, 45), 226), 128: (12, (18, 45, 80), 0)}  # CogVideoX-5B at 480p, Wan 2.1 1.3B at 720p
+from .mixes import COVER
+
+TUNED_SHAPES = {64: (48, (13, 30, 45), 226), 128: (12, (18, 45, 80), 0)}  # CogVideoX-5B at 480p, Wan 2.1 1.3B at 720p
 TABLES = {
     "pyramid": (tuning.PYRAMID, {"span": (8, 16), "channels": (8, 16), "registers": (None, 128, 112, 96)}),
     "covariance": (
@@ -55,7 +56,7 @@ def candidates(kernel):
 
 def prepare(kernel, head_dim, dtype):
     """A call of the kernel at a real shape."""
-    heads, grid, text = SHAPES[head_dim]
+    heads, grid, text = TUNED_SHAPES[head_dim]
     tokens = math.prod(grid) + text
     generator = torch.Generator("cuda").manual_seed(0)
     q, k, v = (
@@ -138,7 +139,7 @@ def measure(kernel, head_dim, dtype_name):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kernel", nargs="+", choices=TABLES, default=list(TABLES))
-    parser.add_argument("--head_dim", nargs="+", type=int, choices=SHAPES, default=list(SHAPES))
+    parser.add_argument("--head_dim", nargs="+", type=int, choices=TUNED_SHAPES, default=list(TUNED_SHAPES))
     parser.add_argument("--dtype", choices=("bfloat16", "float16"), default="bfloat16")
     parser.add_argument("--jobs", type=int, default=12, help="processes that compile (default: 12)")
     parser.add_argument("--json", type=Path, help="file to append to, one line a kernel and head dimension")

@@ -1,4 +1,4 @@
-"""scripts/evaluate_levels.py as a person runs it, on heads small enough to take seconds."""
+"""scripts.benchmarks.levels as a person runs it, on heads small enough to take seconds."""
 
 import json
 import os
@@ -10,13 +10,16 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from scripts.benchmarks.acceptance import PRESETS, show_acceptance
+
 ROOT = Path(__file__).resolve().parents[2]
 TINY = ("--field_grid", "6", "12", "16", "--queries", "256", "--densities", "0.1", "0.3")
 
 
 def run_script(*args):
     return subprocess.run(
-        [sys.executable, str(ROOT / "scripts" / "evaluate_levels.py"), *map(str, args)],
+        [sys.executable, "-m", "scripts.benchmarks.levels", *map(str, args)],
+        cwd=ROOT,
         capture_output=True,
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1", "MPLBACKEND": "Agg"},
@@ -133,9 +136,6 @@ def test_the_acceptance_suite_judges_our_presets(tmp_path):
 
 
 def test_a_missed_bound_is_named_and_fails(capsys):
-    sys.path.insert(0, str(ROOT / "scripts"))
-    from _acceptance import PRESETS, show_acceptance
-
     def line(method, error):
         return {"group": "recorded", "case": "head", "method": method, "density": 0.07, "relative_l1": error}
 
@@ -149,9 +149,6 @@ def test_a_missed_bound_is_named_and_fails(capsys):
 
 
 def test_the_docs_quote_what_was_measured(capsys):
-    sys.path.insert(0, str(ROOT / "scripts"))
-    from _acceptance import PRESETS, show_acceptance
-
     def rows_of(name):
         return [json.loads(line) for line in (ROOT / "docs" / "benchmarks" / name).read_text().splitlines()]
 

@@ -3,14 +3,11 @@
 import argparse
 import contextlib
 import copy
-import importlib.util
 import io
 import json
 import random
 import shutil
-import sys
 from dataclasses import dataclass
-from pathlib import Path
 
 import pytest
 import torch
@@ -18,21 +15,12 @@ from diffusers import CogVideoXPipeline, DiffusionPipeline
 from safetensors.torch import load_file, save_file
 
 from psa_diffusers import enable_psa, load_psa_lora
+from psa_diffusers.cli import opening
 from psa_diffusers.cli.demo import build_demo_pipeline, check_hashes
+from scripts.miniature import evaluate, measure, train_demo, train_lora, training, world
+from scripts.miniature import model as miniatures
 
-ROOT = Path(__file__).resolve().parents[2]
-
-
-def load_helper(name):
-    """A private module of scripts/, which other helpers import by its bare name."""
-    if name not in sys.modules:
-        spec = importlib.util.spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
-        sys.modules[name] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(sys.modules[name])
-    return sys.modules[name]
-
-
-world, measure, miniatures, training = (load_helper(name) for name in ("_world", "_measure", "_miniature", "_training"))
+SCRIPTS = {script.__name__.rpartition(".")[2]: script for script in (evaluate, train_demo, train_lora)}
 
 
 @dataclass
@@ -53,7 +41,7 @@ def run_script(name, *args, code=0):
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
-            ended = load_helper(name).main([str(arg) for arg in args])
+            ended = SCRIPTS[name].main([str(arg) for arg in args])
         except SystemExit as exit_:
             ended = exit_.code
     assert ended == code, out.getvalue() + err.getvalue()
@@ -434,7 +422,7 @@ def test_settings_of_the_lora_that_cannot_work_are_refused(args, message):
 def test_an_unknown_preset_is_refused_before_the_teacher_runs(tmp_path, capsys):
     args = ["--model", "demo", "--output", str(tmp_path), "--cpu", "--attention_preset", "psa_4step"]
     with pytest.raises(SystemExit, match="Did you mean 'psa_4steps'"):
-        load_helper("train_lora").main(args)
+        train_lora.main(args)
     assert "teacher" not in capsys.readouterr().out
 
 
@@ -464,9 +452,8 @@ def test_the_evaluation_compares_rows(loras, miniature, tmp_path):
 
 @pytest.mark.parametrize("name", ["demo", "demo_lora", "demo_wan", "DEMO_WAN"])
 def test_scripts_ask_the_demo_models_in_words_that_they_know(name):
-    models = load_helper("_models")
-    prompts = models.read_prompts(argparse.Namespace(prompt_file=None), name)
-    assert [world.parse_prompt(prompt).prompt for prompt in prompts] == prompts == list(models.DEMO_PROMPTS)
+    prompts = opening.read_prompts(argparse.Namespace(prompt_file=None), name)
+    assert [world.parse_prompt(prompt).prompt for prompt in prompts] == prompts == list(opening.DEMO_PROMPTS)
 
 
 def test_what_the_evaluation_cannot_do_is_said(miniature, tmp_path):
@@ -480,9 +467,9 @@ def test_what_the_evaluation_cannot_do_is_said(miniature, tmp_path):
     )
 
 
-@pytest.mark.parametrize("name", ["train_demo", "train_lora", "evaluate"])
+@pytest.mark.parametrize("name", SCRIPTS)
 def test_help_answers_without_loading_anything(name):
-    assert "python scripts/" in run_script(name, "--help").stdout
+    assert "python -m scripts.miniature." in run_script(name, "--help").stdout
 
 
 def test_damaged_lora_is_refused(loras, tmp_path):
