@@ -54,9 +54,11 @@ class ConfigFile:
         entries = _read_version(*file_version(path))
         file = Path(path).name
         for name, values in entries.items():
-            if not isinstance(name, str):
-                raise ValueError(f"{file}: a {self.entry} needs a name, got {name!r}; put it into quotes")
-            self.keys.check(values, f"{file}: {self.entry} {name!r}")
+            where = f"{file}: {self.entry} {name!r}"
+            if not isinstance(name, str) or not isinstance(values, dict):
+                keys = ", ".join(sorted(self.keys.names))
+                raise ValueError(f"{where} must be a name with a mapping of {keys}, got {values!r}")
+            self.keys.check(values, where)
         if len({name.casefold() for name in entries}) < len(entries):
             raise ValueError(
                 f"{file}: two {self.entry}s differ only in upper and lower case: {', '.join(sorted(entries))}"
