@@ -1,25 +1,30 @@
-"""Pyramid sparse attention from start to end: the flow through the stages, and its public functions."""
+"""Pyramid sparse attention from start to end: public functions, the flow, and the one place that picks a backend."""
 
 import logging
 import math
+import os
+from collections.abc import Mapping, Sequence
 from functools import cache
-from types import ModuleType
+from importlib.util import find_spec
+from typing import NamedTuple, TypeAlias
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from psa_diffusers.ops import reference
+from psa_diffusers.ops import reference, training
+from psa_diffusers.ops.checks import check_qkv, check_schedule, checked_grid, factors_of_map
 from psa_diffusers.ops.layout import Layout, flat_layout, make_layout
 from psa_diffusers.ops.reference.levels import assign_ranked_levels
-from psa_diffusers.ops.reference.pyramid import Pyramid
-from psa_diffusers.ops.reference.schedule import Schedule, make_schedule
-from psa_diffusers.ops.types import KEY_VARIANCE_CAP
+from psa_diffusers.ops.types import Backend, Factors, LevelRule, Pyramid, Schedule, Thresholds
 from psa_diffusers.presets import PSAPreset, load_preset, parse_mask_ratios, preset_of_key
 
 logger = logging.getLogger("psa_diffusers")
 
 BACKENDS = ("auto", "torch", "triton")
+
+Grid: TypeAlias = tuple[int, int, int]
+MaskRatios: TypeAlias = Mapping[int | str, Sequence[float]] | Sequence[Sequence[float]]
 
 
 def psa_attention(
@@ -28,7 +33,7 @@ def psa_attention(
     v: Tensor,
     preset: str | PSAPreset = "psa_balanced",
     *,
-    grid: tuple[int, int, int] | None = None,
+    grid: Grid | None = None,
     text_tokens: int = 0,
     text_first: bool = True,
     scale: float | None = None,
@@ -70,9 +75,8 @@ def psa_attention(
     if not isinstance(preset, (str, PSAPreset)):
         raise TypeError(f"preset must be a name or a PSAPreset, got a {type(preset).__name__}")
     key = _key_of_name(preset) if isinstance(preset, str) else preset.key
-    _check_qkv(q, k, v)
-    grid = (1, 1, q.shape[2] - text_tokens) if grid is None else tuple(int(size) for size in grid)
-    _check_grid(q, grid, text_tokens)
+    check_qkv(q, k, v)
+    grid = checked_grid(q, grid, text_tokens)
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
     if return_schedule or schedule is not None or needs_grad(q, k, v):
         out, schedule = _run(q, k, v, preset_of_key(key), grid, text_tokens, text_first, scale, backend, schedule)
@@ -81,46 +85,35 @@ def psa_attention(
 
 
 def _run(
-    q, k, v, preset: PSAPreset, grid, text_tokens, text_first, scale, backend, schedule: Schedule | None = None
-) -> tuple[Tensor, Schedule]:
-    """The stages in order, those that decide what is read only without a schedule."""
-    column = _column(resolve_backend(backend, q, k, v))
+    q: Tensor, k: Tensor, v: Tensor, preset: PSAPreset, grid: Grid, text_tokens: int, text_first: bool,
+    scale: float, backend: str, schedule: Schedule | None = None,
+) -> tuple[Tensor, Schedule]:  # fmt: skip
+    """The flow: lay out, pool, decide what is read unless a schedule says so, attend."""
     preset = preset.for_video(math.prod(grid))
-    layout = make_layout(
-        grid, text_tokens, text_first, preset.block_m, preset.block_n, preset.order, preset.tile_size, q.device
-    )
+    blocks = (preset.block_m, preset.block_n, preset.order, preset.tile_size)
+    layout = make_layout(grid, text_tokens, text_first, *blocks, q.device)
+    chosen = choose_backends(backend, q, k, v, layout, preset.factors)
     if schedule is not None:
-        _check_schedule(schedule, q, layout, (1,) if preset.type == "dense" else preset.factors)
+        check_schedule(schedule, q, layout, (1,) if preset.type == "dense" else preset.factors)
     if preset.type == "dense":
         return F.scaled_dot_product_attention(q, k, v, scale=scale), _full_schedule(q, layout)
-    pyramid = column.build_pyramid(
-        k, v, layout, preset.factors, key_variance=preset.key_variance, value_tilt=preset.value_tilt
-    )
+    terms = {"key_variance": preset.key_variance, "value_tilt": preset.value_tilt}
+    pyramid = chosen.pooling.build_pyramid(k, v, layout, preset.factors, **terms)
     if preset.value_tilt and preset.tilt_gain == "sampled":
-        pyramid = column.fit_tilt(pyramid, q, k, v, layout, scale)
-    schedule = schedule or _decide(backend, q, k, pyramid, layout, preset, scale)
-    out = column.attend(q, k, v, pyramid, schedule, layout, scale=scale, variance_cap=KEY_VARIANCE_CAP)
-    return out, schedule
+        pyramid = chosen.pooling.fit_tilt(pyramid, q, k, v, layout, scale)
+    schedule = schedule or _decide(chosen.planning, q, k, pyramid, layout, preset, scale)
+    return chosen.attention.attend(q, k, v, pyramid, schedule, layout, scale), schedule
 
 
 @torch.no_grad()
 def _decide(
-    backend: str, q: Tensor, k: Tensor, pyramid: Pyramid, layout: Layout, preset: PSAPreset, scale: float
+    backend: Backend, q: Tensor, k: Tensor, pyramid: Pyramid, layout: Layout, preset: PSAPreset, scale: float
 ) -> Schedule:
-    """What is read at which factor. No gradient goes through it, so the kernels decide in training too."""
-    column = _column(resolve_backend(backend, q))
-    importance = column.block_importance(q, k, layout, preset.importance, scale, pyramid)
-    cap = column.key_cosine_cap(k, layout, _cosine_thresholds(preset)) if preset.use_sim_mask else None
-    return column.plan_blocks(
-        importance,
-        layout,
-        preset.levels,
-        preset.mask_mode,
-        preset.factors,
-        min_full_ratio=preset.min_full_ratio,
-        cap=cap,
-        finite=pyramid.finite,
-    )
+    """What is read at which factor. No gradient goes through it."""
+    importance = backend.block_importance(q, k, layout, preset.importance, scale, pyramid)
+    cap = backend.key_cosine_cap(k, layout, _cosine_thresholds(preset)) if preset.use_sim_mask else None
+    rule = LevelRule(preset.levels, preset.mask_mode, preset.min_full_ratio)
+    return backend.plan_blocks(importance, layout, rule, preset.factors, cap=cap, finite=pyramid.finite)
 
 
 def pyramid_attention(
@@ -158,34 +151,19 @@ def pyramid_attention(
         TypeError: For a dtype or device that does not fit.
         ValueError: For shapes, blocks or factors that do not fit.
     """
-    _check_qkv(q, k, v)
-    batch, heads, tokens, dim = q.shape
-    for name, block in (("block_m", block_m), ("block_n", block_n)):
-        if block < 1 or block & (block - 1):
-            raise ValueError(f"{name} must be a power of two, got {block}")
-    expected = (batch, heads, -(-tokens // block_m), -(-tokens // block_n))
-    if tuple(level_map.shape) != expected:
-        raise ValueError(
-            f"level_map must be [B, H, M, N] = {list(expected)} for {tokens} tokens in blocks of {block_m} queries and "
-            f"{block_n} keys, got {list(level_map.shape)}"
-        )
-    used = set(level_map.unique().tolist()) if level_map.numel() else set()
-    allowed = {0, *(1 << bit for bit in range(block_n.bit_length()))}
-    if not used <= allowed:
-        raise ValueError(
-            f"level_map holds factors {sorted(used - allowed)}; "
-            f"with block_n={block_n} a factor is one of {sorted(allowed)}"
-        )
-    scale = 1 / math.sqrt(dim) if scale is None else float(scale)
-    column = _column(resolve_backend(backend, q, k, v))
-    layout = flat_layout(tokens, block_m, block_n, q.device)
-    factors = tuple(sorted(used - {0} | {1}))
-    pyramid = column.build_pyramid(k, v, layout, factors, key_variance=key_variance, value_tilt=value_tilt)
-    schedule = column.make_schedule(level_map.to(device=q.device, dtype=torch.int16), factors, block_n)
-    return column.attend(q, k, v, pyramid, schedule, layout, scale=scale, variance_cap=KEY_VARIANCE_CAP)
+    check_qkv(q, k, v)
+    factors = factors_of_map(level_map, q, block_m, block_n)
+    scale = 1 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
+    layout = flat_layout(q.shape[2], block_m, block_n, q.device)
+    chosen = choose_backends(backend, q, k, v, layout, factors)
+    pyramid = chosen.pooling.build_pyramid(k, v, layout, factors, key_variance=key_variance, value_tilt=value_tilt)
+    schedule = chosen.pooling.make_schedule(level_map.to(device=q.device, dtype=torch.int16), factors, block_n)
+    return chosen.attention.attend(q, k, v, pyramid, schedule, layout, scale)
 
 
-def assign_levels(importance: Tensor, mask_ratios, mask_mode: str = "topk", *, min_full_ratio: float = 0.06) -> Tensor:
+def assign_levels(
+    importance: Tensor, mask_ratios: MaskRatios, mask_mode: str = "topk", *, min_full_ratio: float = 0.06
+) -> Tensor:
     """Give every pair of blocks a factor, by rank or by cumulative mass along each row.
 
     Args:
@@ -203,7 +181,40 @@ def assign_levels(importance: Tensor, mask_ratios, mask_mode: str = "topk", *, m
     """
     if mask_mode not in ("topk", "thresholdbound"):
         raise ValueError(f"mask_mode must be 'topk' or 'thresholdbound', got {mask_mode!r}")
-    return assign_ranked_levels(importance, parse_mask_ratios(mask_ratios), mask_mode, min_full_ratio)
+    return assign_ranked_levels(importance, LevelRule(parse_mask_ratios(mask_ratios), mask_mode, min_full_ratio))
+
+
+class Backends(NamedTuple):
+    """Which backend does what in one call.
+
+    Attributes:
+        pooling: Makes the pyramid.
+        planning: Decides what is read.
+        attention: Reads it.
+    """
+
+    pooling: Backend
+    planning: Backend
+    attention: Backend
+
+
+def choose_backends(backend: str, q: Tensor, k: Tensor, v: Tensor, layout: Layout, factors: Factors) -> Backends:
+    """The one place that picks, from what the user asked for and what the tensors are.
+
+    The kernels have no backward pass, so where a gradient is due plain torch pools and attends, on a GPU as
+    `ops.training` does as long as its mask fits. The kernels still decide: no gradient goes through that.
+    """
+    compute = _load_backend(resolve_backend(backend, q, k, v))
+    if not needs_grad(q, k, v):
+        return Backends(compute, compute, compute)
+    with torch.no_grad():
+        decide = _load_backend(resolve_backend(backend, q))
+    fits = training.mask_bytes(q, layout, factors) <= training.MASK_BYTES
+    return Backends(
+        pooling=training if q.is_cuda and needs_grad(k, v) else compute,
+        planning=decide,
+        attention=training if q.is_cuda and fits else compute,
+    )
 
 
 def resolve_backend(backend: str, *tensors: Tensor) -> str:
@@ -240,15 +251,24 @@ def _why_no_triton(q: Tensor, *others: Tensor) -> str | None:
 
 @cache
 def _triton_found() -> bool:
-    from importlib.util import find_spec
-
     return find_spec("triton") is not None
 
 
 def _interpreting() -> bool:
-    import os
-
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+def _load_backend(name: str) -> Backend:
+    if name == "torch":
+        return reference
+    from psa_diffusers.ops import triton as kernels
+
+    return kernels
+
+
+def needs_grad(*tensors: Tensor) -> bool:
+    """Whether autograd would record what is done with any of the tensors."""
+    return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
 
 
 @cache
@@ -263,105 +283,29 @@ def _key_of_name(name: str) -> str:
     return load_preset("default", name).key
 
 
-def _column(backend: str) -> ModuleType:
-    """The stages in plain torch, or the same stages as Triton kernels."""
-    if backend == "torch":
-        return reference
-    from psa_diffusers.ops import triton as triton_backend
-
-    return triton_backend
-
-
-def needs_grad(*tensors: Tensor) -> bool:
-    """Whether autograd would record what is done with any of the tensors."""
-    return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
-
-
-def _cosine_thresholds(preset: PSAPreset) -> tuple[tuple[int, float], ...]:
+def _cosine_thresholds(preset: PSAPreset) -> Thresholds:
     thresholds = preset.sim_thresholds
     return (2, thresholds.x2), (4, thresholds.x4), (8, thresholds.x8)
 
 
 def _full_schedule(q: Tensor, layout: Layout) -> Schedule:
     shape = (q.shape[0], q.shape[1], layout.num_query_blocks, layout.num_key_blocks)
-    return make_schedule(torch.ones(shape, dtype=torch.int16, device=q.device), (1,), layout.block_n)
+    return reference.make_schedule(torch.ones(shape, dtype=torch.int16, device=q.device), (1,), layout.block_n)
 
 
 @torch.library.custom_op("psa_diffusers::psa_attention", mutates_args=())
 def _psa_op(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    preset_key: str,
-    grid: list[int],
-    text_tokens: int,
-    text_first: bool,
-    scale: float,
-    backend: str,
-) -> Tensor:
-    return _run(q, k, v, preset_of_key(preset_key), tuple(grid), text_tokens, text_first, scale, backend)[0]
+    q: Tensor, k: Tensor, v: Tensor, preset_key: str, grid: list[int], text_tokens: int, text_first: bool,
+    scale: float, backend: str,
+) -> Tensor:  # fmt: skip
+    frames, height, width = grid
+    place = ((frames, height, width), text_tokens, text_first)
+    return _run(q, k, v, preset_of_key(preset_key), *place, scale, backend)[0]
 
 
 @_psa_op.register_fake
-def _(q, k, v, preset_key, grid, text_tokens, text_first, scale, backend):
+def _(
+    q: Tensor, k: Tensor, v: Tensor, preset_key: str, grid: list[int], text_tokens: int, text_first: bool,
+    scale: float, backend: str,
+) -> Tensor:  # fmt: skip
     return torch.empty_like(q)
-
-
-def _check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
-    if q.ndim != 4 or k.shape != q.shape or v.shape != q.shape:
-        raise ValueError(
-            "self-attention needs q, k and v of one shape [B, H, L, D], got "
-            f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
-        )
-    if len({x.dtype for x in (q, k, v)}) > 1 or len({x.device for x in (q, k, v)}) > 1:
-        raise TypeError(
-            "q, k and v must have one dtype and one device, got "
-            + ", ".join(f"{name} {x.dtype} on {x.device}" for name, x in zip("qkv", (q, k, v), strict=True))
-        )
-    if q.dtype not in (torch.float32, torch.float16, torch.bfloat16, torch.float64):
-        raise TypeError(f"q, k and v must be float32, float16, bfloat16 or float64, got {q.dtype}: cast them first")
-    if unsupported := unsupported_head_dim(q.shape[-1]):
-        raise ValueError(unsupported)
-    if 0 in q.shape:
-        raise ValueError(f"q, k and v must not be empty, got shape {tuple(q.shape)}")
-
-
-def unsupported_head_dim(dim: int) -> str | None:
-    """Why a head dimension cannot run, or None if it can."""
-    if dim % 8 or not 16 <= dim <= 256:
-        return f"the head dimension must be a multiple of 8 from 16 to 256, got {dim}: pad q, k and v with zeros"
-    return None
-
-
-def _check_grid(q: Tensor, grid: tuple[int, ...], text_tokens: int) -> None:
-    if len(grid) != 3 or min(grid) < 1 or text_tokens < 0:
-        raise ValueError(
-            "grid must be (frames, height, width) in tokens, each at least 1, and text_tokens at least 0, "
-            f"got {grid} and {text_tokens}"
-        )
-    frames, height, width = grid
-    if frames * height * width + text_tokens != q.shape[2]:
-        raise ValueError(
-            f"q has {q.shape[2]} tokens, but the grid {frames} x {height} x {width} and {text_tokens} text tokens make "
-            f"{frames * height * width + text_tokens}: pass the grid in tokens (after patching), and text_tokens"
-        )
-
-
-def _check_schedule(schedule: Schedule, q: Tensor, layout: Layout, factors: tuple[int, ...]) -> None:
-    """Refuse what would read out of range. The numbers in it are not read: that would wait for the GPU."""
-    if not isinstance(schedule, Schedule):
-        raise TypeError(f"schedule must be a Schedule that psa_attention returned, got a {type(schedule).__name__}")
-    shape = (q.shape[0], q.shape[1], layout.num_query_blocks, layout.num_key_blocks)
-    expected = {
-        "[B, H, M, N]": shape,
-        "[B, H, M, F + 1]": (*shape[:3], len(factors) + 1),
-        "block_n": layout.block_n,
-        "factors": factors,
-        "device": q.device,
-    }
-    ids, offsets = schedule.block_ids, schedule.offsets
-    has = (tuple(ids.shape), tuple(offsets.shape), schedule.block_n, schedule.factors, ids.device)
-    found = dict(zip(expected, has, strict=True))
-    if found != expected:
-        told = [", ".join(f"{name} = {value}" for name, value in each.items()) for each in (expected, found)]
-        raise ValueError(f"schedule is of another call: expected {told[0]}; got {told[1]}. Leave it out to decide anew")

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from psa_diffusers import PSAPreset, assign_levels, psa_attention, pyramid_attention
 from psa_diffusers.ops import reference
 from psa_diffusers.ops.layout import flat_layout
+from psa_diffusers.ops.reference.tilt import tilt_gain
 
 PRESET = PSAPreset(block_size={"m": 32, "n": 32}, mask_ratios={1: [0, 0.2], 4: [0.2, 0.5], 0: [0.5, 1]})
 GRID = (4, 6, 8)
@@ -204,7 +205,7 @@ def test_a_gain_that_is_sampled_scales_the_gradient_of_the_tilt(rng):
     k.requires_grad_()
     pyramid = reference.build_pyramid(k, v, layout, (1, 4), value_tilt=True)
     fitted = reference.fit_tilt(pyramid, q, k, v, layout, 0.25)
-    gain = reference.tilt_gain(q, k, v, layout, 0.25)
+    gain = tilt_gain(q, k, v, layout, 0.25)
     got, plain = (
         torch.autograd.grad(x.covariance.square().sum() / 2, k, retain_graph=True)[0] for x in (fitted, pyramid)
     )

@@ -9,7 +9,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from psa_diffusers import load_preset
 from psa_diffusers.ops.layout import make_layout
-from psa_diffusers.ops.reference import block_importance, tilt_gain
+from psa_diffusers.ops.reference import block_importance
+from psa_diffusers.ops.reference.tilt import tilt_gain
 
 SHAPES = [
     pytest.param((13, 30, 45), 226, 64, id="CogVideoX-5B-480p"),

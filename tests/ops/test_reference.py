@@ -14,9 +14,10 @@ from psa_diffusers.ops.reference import (
     fit_tilt,
     key_cosine_cap,
     make_schedule,
-    tilt_gain,
 )
 from psa_diffusers.ops.reference.levels import assign_ranked_levels
+from psa_diffusers.ops.reference.tilt import tilt_gain
+from psa_diffusers.ops.types import LevelRule
 from psa_diffusers.presets import PSAPreset
 
 ALL_FACTORS = (0, 1, 2, 4, 8, 16, 32, 64, 128)
@@ -236,7 +237,7 @@ LEVELS = [
 def test_levels_are_the_definition(levels, mode, N, rng):
     # multiples of 1/64 add up exactly, so that bounds are crossed at the same block in any arithmetic; many ties
     importance = torch.randint(0, 5, (1, 2, 6, N), generator=rng) / 64 + (torch.arange(N) == N // 2) / 64
-    actual = assign_ranked_levels(importance, levels, mode, 0.06)
+    actual = assign_ranked_levels(importance, LevelRule(levels, mode, 0.06))
     for row, expected in zip(actual.view(-1, N).tolist(), importance.view(-1, N).tolist(), strict=True):
         assert row == oracle.oracle_levels(expected, levels, mode)
 

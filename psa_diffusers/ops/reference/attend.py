@@ -7,24 +7,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from psa_diffusers.ops.layout import Layout
-from psa_diffusers.ops.masked import MASK_BYTES, attend_masked, mask_bytes
-from psa_diffusers.ops.reference.pyramid import Pyramid
-from psa_diffusers.ops.reference.schedule import Schedule
+from psa_diffusers.ops.types import KEY_VARIANCE_CAP, Pyramid, Schedule
 
 _LISTED = 2**16  # cells listed at a time: enough that the cost of listing them is that of few operators
 _GATHERED = 2**19  # numbers of keys gathered at a time: 2 MiB of float32, and as many of values, stay in the caches
 
 
 def attend(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    pyramid: Pyramid,
-    schedule: Schedule,
-    layout: Layout,
-    *,
-    scale: float,
-    variance_cap: float,
+    q: Tensor, k: Tensor, v: Tensor, pyramid: Pyramid, schedule: Schedule, layout: Layout, scale: float
 ) -> Tensor:
     """Read each kept block at its factor; the definition of docs/developer/concept.md, cell by cell.
 
@@ -41,14 +31,10 @@ def attend(
         schedule: Which block at which factor.
         layout: Where tokens stand.
         scale: Softmax scale.
-        variance_cap: Largest key-variance bias.
 
     Returns:
         ``[B, H, L, D]`` in the order and dtype of q. A row that keeps nothing is 0.
     """
-    is_training = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
-    if is_training and q.is_cuda and mask_bytes(q, pyramid, layout) <= MASK_BYTES:
-        return attend_masked(q, k, v, pyramid, schedule, layout, scale=scale, variance_cap=variance_cap)
     out = torch.zeros_like(q)
     tables = _row_tables(pyramid, layout)
     for b, h in ((b, h) for b in range(q.shape[0]) for h in range(q.shape[1])):
@@ -59,7 +45,6 @@ def attend(
             variance=None if pyramid.variance is None else pyramid.variance[b, h],
             covariance=None if pyramid.covariance is None else pyramid.covariance[b, h],
             scale=scale,
-            variance_cap=variance_cap,
         )
         ids, offsets = schedule.block_ids[b, h].long(), schedule.offsets[b, h].long()
         is_full = offsets[:, 1] == layout.num_key_blocks
@@ -87,7 +72,6 @@ class _Head:
         variance: ``[P]`` key variance, or None.
         covariance: ``[F, D, D]`` covariance of keys and values within cells, or None.
         scale: Softmax scale.
-        variance_cap: Largest key-variance bias.
     """
 
     keys: tuple[Tensor, Tensor]
@@ -96,7 +80,6 @@ class _Head:
     variance: Tensor | None
     covariance: Tensor | None
     scale: float
-    variance_cap: float
 
 
 def _attend_full(out: Tensor, q: Tensor, head: _Head, layout: Layout, is_full: Tensor) -> None:
@@ -124,10 +107,12 @@ def _attend_group(out: Tensor, q: Tensor, head: _Head, layout: Layout, blocks: T
         norm = torch.where(torch.isfinite(norm), norm, 0).sum(1, keepdim=True) / lanes.sum(1, keepdim=True)
         spread = _take(head.variance, pooled)
         spread = torch.where(torch.isfinite(spread), spread, 0)
-        bias = bias + (0.5 * head.scale**2 * norm * spread).clamp_max(head.variance_cap)
+        bias = bias + (0.5 * head.scale**2 * norm * spread).clamp_max(KEY_VARIANCE_CAP)
     bias = torch.where(is_cell, torch.cat([bias.new_zeros(tokens.shape), bias], 1), -torch.inf)
 
-    channels = None if head.covariance is None or len(index) == 1 else _factor_channels(index, query)
+    channels = None
+    if head.covariance is not None and len(index) > 1:
+        channels = factor_channels([rows.shape[1] for rows in index], query)
     step = max(1, _GATHERED // (bias.shape[1] * q.shape[1]))
     rooms = [_make_room(sources, min(step, len(blocks)) * bias.shape[1]) for sources in (head.keys, head.values)]
     parts = zip(*(x.split(step) for x in (query, tokens, pooled, bias)), strict=True)
@@ -252,12 +237,16 @@ def _groups(counts: list[list[int]], widths: list[int]) -> list[tuple[list[int],
     return groups
 
 
-def _factor_channels(index: list[Tensor], query: Tensor) -> Tensor:
-    """``[slots, channels]``: 1 in channel f for the slots of pooled factor f, so that attention sums their weights."""
-    slots = [rows.shape[1] for rows in index]
-    channels = query.new_zeros(sum(slots), -(-(len(slots) - 1) // 8) * 8)
-    start = slots[0]
-    for f, size in enumerate(slots[1:]):
+def factor_channels(cells: list[int], like: Tensor) -> Tensor:
+    """``[all cells, channels]``: 1 in channel f for cells of pooled factor f, so that attention sums their weights.
+
+    Args:
+        cells: How many cells there are at each factor, those of factor 1 first.
+        like: Of which dtype and device.
+    """
+    channels = like.new_zeros(sum(cells), -(-(len(cells) - 1) // 8) * 8)
+    start = cells[0]
+    for f, size in enumerate(cells[1:]):
         channels[start : start + size, f] = 1
         start += size
     return channels

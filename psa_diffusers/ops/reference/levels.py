@@ -4,26 +4,18 @@ import torch
 from torch import Tensor
 
 from psa_diffusers.ops.layout import Layout
+from psa_diffusers.ops.types import LevelRule, Thresholds
 
 
 def assign_block_levels(
-    importance: Tensor,
-    layout: Layout,
-    levels: tuple[tuple[int, float], ...],
-    mode: str,
-    *,
-    min_full_ratio: float = 0.06,
-    cap: Tensor | None = None,
-    finite: Tensor | None = None,
+    importance: Tensor, layout: Layout, rule: LevelRule, *, cap: Tensor | None = None, finite: Tensor | None = None
 ) -> Tensor:
     """Rank the video blocks of every row, and read all that touches text at factor 1.
 
     Args:
         importance: ``[B, H, M, N]``, larger is more important.
         layout: Where video and text blocks stand.
-        levels: ``(factor, upper bound)`` of the intervals, finest first, as ``PSAPreset.levels``; factor 0 skips.
-        mode: ``topk`` or ``thresholdbound``.
-        min_full_ratio: For ``thresholdbound``: at least this share of the blocks is at factor 1.
+        rule: How importance becomes factors.
         cap: ``[B, H, N]`` largest factor that each key block bears, from `key_cosine_cap`.
         finite: ``[B, H]`` bool; a head that is not finite reads everything at factor 1, so that NaN and inf come out
             where dense attention has them.
@@ -33,7 +25,7 @@ def assign_block_levels(
     """
     video_q, video_k = layout.video_query_blocks, layout.video_key_blocks
     level_map = torch.ones(importance.shape, dtype=torch.int16, device=importance.device)
-    ranked = assign_ranked_levels(importance[:, :, :video_q, :video_k], levels, mode, min_full_ratio)
+    ranked = assign_ranked_levels(importance[:, :, :video_q, :video_k], rule)
     if cap is not None:
         ranked = torch.minimum(ranked, cap[:, :, None, :video_k].to(ranked.dtype))
     if finite is not None:
@@ -42,9 +34,7 @@ def assign_block_levels(
     return level_map
 
 
-def assign_ranked_levels(
-    importance: Tensor, levels: tuple[tuple[int, float], ...], mode: str, min_full_ratio: float
-) -> Tensor:
+def assign_ranked_levels(importance: Tensor, rule: LevelRule) -> Tensor:
     """Levels of one ranking per row: ``[..., N]`` importance to ``[..., N]`` int16 factors.
 
     A row with an importance that is not finite reads everything at factor 1. Ties break by index.
@@ -53,27 +43,27 @@ def assign_ranked_levels(
         finer side; shares are rounded, not aligned to a kernel tile; at least one block of a row is at factor 1.
     """
     num_blocks = importance.shape[-1]
-    factors = torch.tensor([factor for factor, _ in levels], dtype=torch.int16, device=importance.device)
+    factors = torch.tensor([factor for factor, _ in rule.levels], dtype=torch.int16, device=importance.device)
     broken = ~torch.isfinite(importance).all(-1, keepdim=True)
     importance = torch.where(broken, 0, importance)
     order = importance.argsort(dim=-1, descending=True, stable=True)
     place = torch.arange(num_blocks, device=importance.device)
-    if mode == "topk":
-        bounds = [round(bound * num_blocks) for _, bound in levels[:-1]]
+    if rule.mode == "topk":
+        bounds = [round(bound * num_blocks) for _, bound in rule.levels[:-1]]
         level = sum(((place >= bound).long() for bound in bounds), torch.zeros_like(place))
         level = level.expand(importance.shape)
         full = 1
     else:
         share = importance.gather(-1, order)
         before = (share.cumsum(-1) - share) / share.sum(-1, keepdim=True).clamp_min(torch.finfo(share.dtype).tiny)
-        level = sum(((before >= bound).long() for _, bound in levels[:-1]), torch.zeros_like(order))
-        full = max(1, -int(-min_full_ratio * num_blocks // 1))
+        level = sum(((before >= bound).long() for _, bound in rule.levels[:-1]), torch.zeros_like(order))
+        full = max(1, -int(-rule.min_full_ratio * num_blocks // 1))
     ranked = torch.where(place < full, 1, factors[level])
     level_map = torch.empty_like(ranked).scatter_(-1, order, ranked)
     return torch.where(broken, 1, level_map).to(torch.int16)
 
 
-def key_cosine_cap(k: Tensor, layout: Layout, thresholds: tuple[tuple[int, float], ...]) -> Tensor:
+def key_cosine_cap(k: Tensor, layout: Layout, thresholds: Thresholds) -> Tensor:
     """The largest factor at which the keys of a block are still alike.
 
     A block bears factor h when the mean cosine of the first and the last key of its h-cells exceeds the threshold of

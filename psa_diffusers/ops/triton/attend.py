@@ -11,8 +11,6 @@ import triton.language as tl
 from torch import Tensor
 
 from psa_diffusers.ops.layout import Layout
-from psa_diffusers.ops.reference.pyramid import Pyramid
-from psa_diffusers.ops.reference.schedule import Schedule
 from psa_diffusers.ops.triton.launch import (
     head_strides,
     load_rows,
@@ -23,6 +21,7 @@ from psa_diffusers.ops.triton.launch import (
     wait_for,
 )
 from psa_diffusers.ops.triton.tuning import attend_launch, matrix_unit
+from psa_diffusers.ops.types import KEY_VARIANCE_CAP, Pyramid, Schedule
 
 LOG2E = tl.constexpr(math.log2(math.e))
 
@@ -30,35 +29,13 @@ logger = logging.getLogger("psa_diffusers")
 
 
 def attend(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    pyramid: Pyramid,
-    schedule: Schedule,
-    layout: Layout,
-    *,
-    scale: float,
-    variance_cap: float,
+    q: Tensor, k: Tensor, v: Tensor, pyramid: Pyramid, schedule: Schedule, layout: Layout, scale: float
 ) -> Tensor:
-    """Read each kept block at its factor; the definition of docs/developer/concept.md. As in `ops/reference`.
-
-    Args:
-        q: Queries ``[B, H, L, D]``, tokens as the model has them; any strides with contiguous channels.
-        k: Keys ``[B, H, L, D]``, read where the factor is 1.
-        v: Values ``[B, H, L, D]``.
-        pyramid: Pooled keys and values, empty cells zero; ``variance`` and ``covariance`` switch the terms on.
-        schedule: Which block at which factor.
-        layout: Where tokens stand.
-        scale: Softmax scale.
-        variance_cap: Largest key-variance bias.
-
-    Returns:
-        ``[B, H, L, D]`` in the order and dtype of q. A row that keeps nothing is 0.
-    """
+    """Read each kept block at its factor, as in `ops.reference`; empty cells of the pyramid must be zero."""
     batch, heads, _, dim = q.shape
     wait_for(pyramid.ready, pyramid.covariance)
     if (hopper := hopper_kernel(q.device)) and hopper.takes(q, k, v, layout, schedule, scale):
-        return hopper.attend(q, k, v, pyramid, schedule, layout, scale=scale, variance_cap=variance_cap)
+        return hopper.attend(q, k, v, pyramid, schedule, layout, scale)
     out = torch.empty_like(q)
     launch = attend_launch(dim, q.element_size(), layout.block_m, q.device)
     parts = max(1, layout.block_m // launch.rows)
@@ -75,7 +52,7 @@ def attend(
             head_strides(q), head_strides(k), head_strides(v), head_strides(out),
             heads, layout.num_query_blocks, layout.num_key_blocks, pyramid.keys.shape[2],
             len(schedule.factors), pack_factors(schedule.factors),
-            scale, scale * log2e, 0.5 * scale**2 * log2e, variance_cap * log2e,
+            scale, scale * log2e, 0.5 * scale**2 * log2e, KEY_VARIANCE_CAP * log2e,
             HEAD_DIM=dim, D_PAD=padded(dim), BLOCK_M=layout.block_m, BLOCK_N=layout.block_n,
             ROWS=launch.rows, PARTS=parts, TILE_N=launch.tile_n,
             KEY_VARIANCE=pyramid.variance is not None, VALUE_TILT=pyramid.covariance is not None,

@@ -21,9 +21,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from psa_diffusers.ops.layout import Layout
-from psa_diffusers.ops.reference.pyramid import Pyramid
-from psa_diffusers.ops.reference.schedule import Schedule
 from psa_diffusers.ops.triton.launch import head_strides, on_device, pack_factors
+from psa_diffusers.ops.types import KEY_VARIANCE_CAP, Pyramid, Schedule
 
 BLOCKS_M = (64, 128)  # queries of a program: 64 for each group of warps that computes
 HEAD_DIMS = (64, 128)
@@ -52,17 +51,9 @@ def takes(q: Tensor, k: Tensor, v: Tensor, layout: Layout, schedule: Schedule, s
 
 
 def attend(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    pyramid: Pyramid,
-    schedule: Schedule,
-    layout: Layout,
-    *,
-    scale: float,
-    variance_cap: float,
+    q: Tensor, k: Tensor, v: Tensor, pyramid: Pyramid, schedule: Schedule, layout: Layout, scale: float
 ) -> Tensor:
-    """Read each kept block at its factor. As `psa_diffusers.ops.triton.attend.attend`, where `takes` agrees."""
+    """Read each kept block at its factor, as `ops.triton.attend` does, where `takes` agrees."""
     batch, heads, _, dim = q.shape
     out = torch.empty_like(q)
     log2e = math.log2(math.e)
@@ -86,7 +77,7 @@ def attend(
             heads, layout.num_query_blocks, layout.num_key_blocks, pyramid.keys.shape[2], work,
             _pack_cells(schedule.factors, layout.block_n), _pack_bases(schedule.factors, layout.block_n),
             (layout.num_key_blocks - layout.video_key_blocks + 1) * layout.block_n,
-            scale, scale * log2e, 1 / scale, 0.5 * scale**2, variance_cap,
+            scale, scale * log2e, 1 / scale, 0.5 * scale**2, KEY_VARIANCE_CAP,
             D=dim, BLOCK_M=layout.block_m, BLOCK_N=layout.block_n, TILE=tile, STAGES=keys_in_flight // (tile * dim),
             F=num_factors,
             KEY_VARIANCE=key_variance, VALUE_TILT=value_tilt, SIZED=q.dtype == torch.float16,

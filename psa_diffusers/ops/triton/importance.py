@@ -9,11 +9,9 @@ import triton.language as tl
 from torch import Tensor
 
 from psa_diffusers.ops.layout import Layout
-from psa_diffusers.ops.reference.importance import POOLED_CELL, SAMPLE_STRIDE
-from psa_diffusers.ops.reference.moments import MOMENT_CAP, MOMENT_CELL, SHAPE_STRIDE
-from psa_diffusers.ops.reference.pyramid import Pyramid
 from psa_diffusers.ops.triton.launch import cdiv, head_strides, load_rows, on_device, padded, remember
 from psa_diffusers.ops.triton.tuning import importance_launch
+from psa_diffusers.ops.types import MOMENT_CAP, MOMENT_CELL, POOLED_CELL, SAMPLE_STRIDE, SHAPE_STRIDE, Pyramid
 
 _PROGRAMS = 2  # a multiprocessor
 _READ_BACK = 32  # key blocks at a time
@@ -23,19 +21,7 @@ _SHAPE_SPLITS = 16  # programs a head; a number of the chip's own would change t
 def block_importance(
     q: Tensor, k: Tensor, layout: Layout, method: str, scale: float, pyramid: Pyramid | None = None
 ) -> Tensor:
-    """Estimate the importance of every key block for every query block. See `psa_diffusers.ops.reference.importance`.
-
-    Args:
-        q: Queries ``[B, H, L, D]``, tokens as the model has them; any strides with contiguous channels.
-        k: Keys ``[B, H, L, D]``.
-        layout: Where tokens stand.
-        method: ``pooled_mass``, ``pooled_moments`` or ``sampled_max``.
-        scale: Softmax scale.
-        pyramid: Pyramid of these keys: a factor that is as wide as a cell saves pooling them again.
-
-    Returns:
-        ``[B, H, M, N]`` float32, not negative; NaN where a query or key is not finite.
-    """
+    """Estimate the importance of every key block for every query block, float32. As in `ops.reference`."""
     mass, moments = method != "sampled_max", method == "pooled_moments"
     # a cell is `step` lanes wide and represented by the mean of its first `lanes` lanes
     cell = MOMENT_CELL if moments else POOLED_CELL
@@ -123,8 +109,8 @@ def _represent(
 def _spreads(q: Tensor, k: Tensor, layout: Layout, step: int, scale: float) -> Tensor:
     """What the scores of each query cell vary within a key cell whose key variance is 1: ``[B, H, cells]`` float32.
 
-    ``½ s² log2(e) D q₁ᵀ S q₁ / tr S``, see `moment_importance` of `ops/reference`; the variance of a
-    cell is the mean over channels, so D times it is the trace.
+    ``½ s² log2(e) D q₁ᵀ S q₁ / tr S``, see `moment_importance` of `ops.reference`; the variance of a cell is the mean
+    over channels, so D times it is the trace.
     """
     batch, heads, _, dim = q.shape
     num_cells = layout.query_rows.shape[0] // step

@@ -8,59 +8,34 @@ from torch import Tensor
 from psa_diffusers.ops.layout import Layout
 from psa_diffusers.ops.triton.launch import head_strides, load_rows, next_power_of_2, on_device, padded
 from psa_diffusers.ops.triton.tuning import row_warps, tile_warps
+from psa_diffusers.ops.types import Factors, LevelRule, Levels, Thresholds
 
 MAX_BLOCKS = 2**14  # a row of blocks is ranked within one program
 
 
 def assign_block_levels(
-    importance: Tensor,
-    layout: Layout,
-    levels: tuple[tuple[int, float], ...],
-    mode: str,
-    *,
-    min_full_ratio: float = 0.06,
-    cap: Tensor | None = None,
-    finite: Tensor | None = None,
+    importance: Tensor, layout: Layout, rule: LevelRule, *, cap: Tensor | None = None, finite: Tensor | None = None
 ) -> Tensor:
-    """Rank the video blocks of every row, and read all that touches text at factor 1. As in `ops/reference`.
-
-    Args:
-        importance: ``[B, H, M, N]`` float32, larger is more important.
-        layout: Where video and text blocks stand.
-        levels: ``(factor, upper bound)`` of the intervals, finest first; factor 0 skips.
-        mode: ``topk`` or ``thresholdbound``.
-        min_full_ratio: For ``thresholdbound``: at least this share of the blocks is at factor 1.
-        cap: ``[B, H, N]`` largest factor that each key block bears.
-        finite: ``[B, H]`` bool; a head that is not finite reads everything at factor 1.
-
-    Returns:
-        Level map ``[B, H, M, N]`` int16: the factor, or 0 = skip.
-    """
+    """Rank the video blocks of every row, and read all that touches text at factor 1. As in `ops.reference`."""
     check_row(importance.shape[3], layout.block_n)
     level_map = torch.empty(importance.shape, dtype=torch.int16, device=importance.device)
-    if mode == "topk":
-        select_levels(importance, layout, levels, cap, finite, level_map)
+    if rule.mode == "topk":
+        select_levels(importance, layout, rule.levels, cap, finite, level_map)
     else:
-        _sort_levels(importance, layout, levels, min_full_ratio, cap, finite, level_map)
+        _sort_levels(importance, layout, rule, cap, finite, level_map)
     return level_map
 
 
 def select_levels(
-    importance: Tensor,
-    layout: Layout,
-    levels: tuple[tuple[int, float], ...],
-    cap: Tensor | None,
-    finite: Tensor | None,
-    out: Tensor,
-    offsets: Tensor | None = None,
-    factors: tuple[int, ...] = (),
-) -> None:
+    importance: Tensor, layout: Layout, levels: Levels, cap: Tensor | None, finite: Tensor | None,
+    out: Tensor, offsets: Tensor | None = None, factors: Factors = (),
+) -> None:  # fmt: skip
     """Fill ``out`` by rank: with a level map, or where ``offsets`` are given with the block ids of a schedule.
 
     Args:
-        importance: As in `assign_block_levels`.
+        importance: As `layout`, `cap` and `finite`: what `assign_block_levels` takes.
         layout: The same.
-        levels: The same.
+        levels: Those of its rule.
         cap: The same.
         finite: The same.
         out: ``[B, H, M, N]`` int16 level map, or ``block_ids`` of a schedule.
@@ -83,7 +58,7 @@ def select_levels(
         )  # fmt: skip
 
 
-def _sort_levels(importance, layout, levels, min_full_ratio, cap, finite, level_map) -> None:
+def _sort_levels(importance, layout, rule, cap, finite, level_map) -> None:
     """Fill a level map by cumulative importance, as `assign_block_levels`."""
     batch, heads, num_q, num_k = importance.shape
     ranked = layout.video_key_blocks
@@ -91,9 +66,9 @@ def _sort_levels(importance, layout, levels, min_full_ratio, cap, finite, level_
     with on_device(importance):
         _sort_kernel[(num_q, batch * heads)](
             importance.contiguous(), level_map if cap is None else cap, level_map if finite is None else finite,
-            level_map, tuple(float(bound) for _, bound in levels[:-1]),
-            num_k, layout.video_query_blocks, ranked, max(1, -int(-min_full_ratio * ranked // 1)),
-            LEVELS=tuple(factor for factor, _ in levels),
+            level_map, tuple(float(bound) for _, bound in rule.levels[:-1]),
+            num_k, layout.video_query_blocks, ranked, max(1, -int(-rule.min_full_ratio * ranked // 1)),
+            LEVELS=tuple(factor for factor, _ in rule.levels),
             HAS_CAP=cap is not None, HAS_FINITE=finite is not None, SIZE=size,
             num_warps=row_warps(size, 512), enable_fp_fusion=True,
         )  # fmt: skip
@@ -108,17 +83,8 @@ def check_row(num_blocks: int, block_n: int) -> None:
         )
 
 
-def key_cosine_cap(k: Tensor, layout: Layout, thresholds: tuple[tuple[int, float], ...]) -> Tensor:
-    """The largest factor at which the keys of a block are still alike. See `psa_diffusers.ops.reference.levels`.
-
-    Args:
-        k: Keys ``[B, H, L, D]``; any strides with contiguous channels.
-        layout: Where tokens stand.
-        thresholds: ``(factor, threshold)`` pairs, factors above 1.
-
-    Returns:
-        ``[B, H, N]`` int16.
-    """
+def key_cosine_cap(k: Tensor, layout: Layout, thresholds: Thresholds) -> Tensor:
+    """The largest factor at which the keys of a block are still alike. As in `ops.reference`."""
     batch, heads, _, dim = k.shape
     block_n = layout.block_n
     pairs = sorted((factor, threshold) for factor, threshold in thresholds if factor <= block_n)

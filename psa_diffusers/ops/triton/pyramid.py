@@ -9,8 +9,6 @@ import triton.language as tl
 from torch import Tensor
 
 from psa_diffusers.ops.layout import Layout
-from psa_diffusers.ops.reference.importance import POOLED_CELL
-from psa_diffusers.ops.reference.pyramid import Pyramid, pooled_rows
 from psa_diffusers.ops.triton.launch import (
     aside,
     cdiv,
@@ -22,31 +20,18 @@ from psa_diffusers.ops.triton.launch import (
     remember,
 )
 from psa_diffusers.ops.triton.tuning import COVARIANCE, PYRAMID, launch_of
+from psa_diffusers.ops.types import POOLED_CELL, Factors, Pyramid, pooled_rows
 
 _COVARIANCE_ROWS = 4096  # tokens a program sums over; a number of the chip's own would change the order of the sums
 
 
 def build_pyramid(
-    k: Tensor,
-    v: Tensor,
-    layout: Layout,
-    factors: tuple[int, ...],
-    *,
-    key_variance: bool = False,
-    value_tilt: bool = False,
+    k: Tensor, v: Tensor, layout: Layout, factors: Factors, *, key_variance: bool = False, value_tilt: bool = False
 ) -> Pyramid:
-    """Pool keys and values over the cells of every factor. See `psa_diffusers.ops.reference.pyramid.build_pyramid`.
+    """Pool keys and values over the cells of every factor. As in `ops.reference`; empty cells are 0.
 
-    K and V are read once, in place, through ``layout.key_rows``; with ``value_tilt`` a second time. Empty cells are 0.
-    Where no factor is as wide as a cell of the estimate of importance, those cells are kept as well.
-
-    Args:
-        k: Keys ``[B, H, L, D]``, tokens as the model has them; any strides with contiguous channels.
-        v: Values ``[B, H, L, D]``.
-        layout: Where tokens stand.
-        factors: Pooling factors, ascending powers of two from 1 to at most ``layout.block_n``.
-        key_variance: Whether to keep the key variance of each cell.
-        value_tilt: Whether to keep, for each factor, the covariance of keys and values within cells.
+    K and V are read once, in place, through ``layout.key_rows``; with ``value_tilt`` a second time. Where no factor is
+    as wide as a cell of the estimate of importance, those cells are kept as well.
     """
     batch, heads, _, dim = k.shape
     block_n, num_blocks = layout.block_n, layout.num_key_blocks
@@ -95,13 +80,13 @@ def build_pyramid(
     return replace(pyramid, covariance=covariance, ready=done[0] if done else None)
 
 
-def _log_counts(layout: Layout, factors: tuple[int, ...]) -> Tensor:
+def _log_counts(layout: Layout, factors: Factors) -> Tensor:
     counts = [layout.cell_counts(factor) for factor in factors if factor > 1]
     return torch.cat(counts).float().log() if counts else torch.zeros(0, device=layout.key_rows.device)
 
 
 def _covariance(
-    k: Tensor, v: Tensor, layout: Layout, keys: Tensor, values: Tensor, log_counts: Tensor, factors: tuple[int, ...]
+    k: Tensor, v: Tensor, layout: Layout, keys: Tensor, values: Tensor, log_counts: Tensor, factors: Factors
 ) -> Tensor:
     """Within-cell covariance of keys and values at every factor: ``[B, H, F, D, D]`` float32.
 
@@ -185,64 +170,53 @@ def _pyramid_kernel(
         rows = tl.load(rows_ptr + lane + i, mask=inside, other=-1)
         k = load_rows(k_ptr, rows, rows >= 0, K_STRIDES[2], o_d, HEAD_DIM, D_PAD).to(tl.float32)
         v = load_rows(v_ptr, rows, rows >= 0, V_STRIDES[2], o_d, HEAD_DIM, D_PAD).to(tl.float32)
-        n = (rows >= 0).to(tl.float32)
-        s = tl.zeros([SPANS, D_PAD // 8], tl.float32)  # by eight channels: a thread has them
+        # sums of squares by eight channels: a thread has them
+        cells = (k, v, (rows >= 0).to(tl.float32), tl.zeros([SPANS, D_PAD // 8], tl.float32))
         if SPAN >= 2:
+            place = (lane + i, inside, num_lanes)
             if i % 2 == 0:
-                k1, v1, n1, s1 = k, v, n, s
+                cells1 = cells
             else:
-                k, v, n, s = _merge(k1, v1, n1, s1, k, v, n, s, KEY_VARIANCE)
-                _keep(
-                    (k, v, n, s), out, lane + i, inside, num_lanes,
-                    1, FACTORS, CELL, HEAD_DIM, D_PAD, KEY_VARIANCE,
-                )  # fmt: skip
+                cells = _merge(cells1, cells, KEY_VARIANCE)
+                _keep(cells, out, place, 1, FACTORS, CELL, HEAD_DIM, D_PAD, KEY_VARIANCE)
                 if SPAN >= 4:
                     if i % 4 == 1:
-                        k2, v2, n2, s2 = k, v, n, s
+                        cells2 = cells
                     else:
-                        k, v, n, s = _merge(k2, v2, n2, s2, k, v, n, s, KEY_VARIANCE)
-                        _keep(
-                            (k, v, n, s), out, lane + i, inside, num_lanes,
-                            2, FACTORS, CELL, HEAD_DIM, D_PAD, KEY_VARIANCE,
-                        )  # fmt: skip
+                        cells = _merge(cells2, cells, KEY_VARIANCE)
+                        _keep(cells, out, place, 2, FACTORS, CELL, HEAD_DIM, D_PAD, KEY_VARIANCE)
                         if SPAN >= 8:
                             if i % 8 == 3:
-                                k3, v3, n3, s3 = k, v, n, s
+                                cells3 = cells
                             else:
-                                k, v, n, s = _merge(k3, v3, n3, s3, k, v, n, s, KEY_VARIANCE)
-                                _keep(
-                                    (k, v, n, s), out, lane + i, inside, num_lanes,
-                                    3, FACTORS, CELL, HEAD_DIM, D_PAD, KEY_VARIANCE,
-                                )  # fmt: skip
+                                cells = _merge(cells3, cells, KEY_VARIANCE)
+                                _keep(cells, out, place, 3, FACTORS, CELL, HEAD_DIM, D_PAD, KEY_VARIANCE)
                                 if SPAN >= 16:
                                     if i % 16 == 7:
-                                        k4, v4, n4, s4 = k, v, n, s
+                                        cells4 = cells
                                     else:
-                                        k, v, n, s = _merge(k4, v4, n4, s4, k, v, n, s, KEY_VARIANCE)
-                                        _keep(
-                                            (k, v, n, s), out, lane + i, inside, num_lanes,
-                                            4, FACTORS, CELL, HEAD_DIM, D_PAD, KEY_VARIANCE,
-                                        )  # fmt: skip
+                                        cells = _merge(cells4, cells, KEY_VARIANCE)
+                                        _keep(cells, out, place, 4, FACTORS, CELL, HEAD_DIM, D_PAD, KEY_VARIANCE)
 
     # what is not finite stays so in the mean; the comparison is false for NaN too
-    sound = (tl.abs(k) < float("inf")) & (tl.abs(v) < float("inf"))
+    sound = (tl.abs(cells[0]) < float("inf")) & (tl.abs(cells[1]) < float("inf"))
     all_sound = tl.min(tl.min(sound.to(tl.int32), 1), 0)
     tl.store(finite_ptr + i_bh, all_sound > 0, mask=all_sound == 0)  # whoever stores, stores the same
 
     # what is wider than a span: neighbours in the tile
     for level in tl.static_range(1, 16):
         if (1 << level) > SPAN and ((FACTORS | CELL) >> level):
-            k, v, n, s = _merge_neighbours(k, v, n, s, BLOCKS * BLOCK_N >> level, D_PAD, KEY_VARIANCE)
+            cells = _merge_neighbours(cells, BLOCKS * BLOCK_N >> level, D_PAD, KEY_VARIANCE)
             start = first + (tl.arange(0, BLOCKS * BLOCK_N >> level) << level)
-            _keep(
-                (k, v, n, s), out, start, start < num_lanes, num_lanes,
-                level, FACTORS, CELL, HEAD_DIM, D_PAD, KEY_VARIANCE,
-            )  # fmt: skip
+            place = (start, start < num_lanes, num_lanes)
+            _keep(cells, out, place, level, FACTORS, CELL, HEAD_DIM, D_PAD, KEY_VARIANCE)
 
 
 @triton.jit
-def _merge(ka, va, na, sa, kb, vb, nb, sb, VARIANCE: tl.constexpr):
+def _merge(one, other, VARIANCE: tl.constexpr):
     """Two sets of cells taken together: means ``[R, D]``, numbers of tokens ``[R]``, sums of squares ``[R, D / 8]``."""
+    ka, va, na, sa = one
+    kb, vb, nb, sb = other
     n = na + nb
     share = nb / tl.maximum(n, 1.0)
     away = kb - ka
@@ -255,13 +229,14 @@ def _merge(ka, va, na, sa, kb, vb, nb, sb, VARIANCE: tl.constexpr):
 
 @triton.jit
 def _keep(
-    cells, out, lane, inside, num_lanes,
+    cells, out, place,
     LEVEL: tl.constexpr, FACTORS: tl.constexpr, CELL: tl.constexpr,
     HEAD_DIM: tl.constexpr, D_PAD: tl.constexpr, VARIANCE: tl.constexpr,
 ):  # fmt: skip
     """Store the cells in which the lanes stand, if their level is a factor of the preset, or the other width."""
     IS_FACTOR: tl.constexpr = (FACTORS >> LEVEL) & 1
     if IS_FACTOR or CELL == 1 << LEVEL:
+        lane, inside, num_lanes = place
         row = lane >> LEVEL
         if IS_FACTOR:
             for finer in tl.static_range(1, LEVEL):
@@ -270,18 +245,19 @@ def _keep(
         keys_ptr = out[0] if IS_FACTOR else out[3]
         variance_ptr = out[2] if IS_FACTOR else out[4]
         o_d = tl.arange(0, D_PAD)
-        place = row[:, None] * HEAD_DIM + o_d[None, :]
+        number = row[:, None] * HEAD_DIM + o_d[None, :]
         mask = inside[:, None] & (o_d < HEAD_DIM)[None, :]
-        tl.store(keys_ptr + place, cells[0].to(keys_ptr.dtype.element_ty), mask=mask)
+        tl.store(keys_ptr + number, cells[0].to(keys_ptr.dtype.element_ty), mask=mask)
         if IS_FACTOR:
-            tl.store(out[1] + place, cells[1].to(out[1].dtype.element_ty), mask=mask)
+            tl.store(out[1] + number, cells[1].to(out[1].dtype.element_ty), mask=mask)
         if VARIANCE:
             tl.store(variance_ptr + row, tl.sum(cells[3], 1) / (tl.maximum(cells[2], 1.0) * HEAD_DIM), mask=inside)
 
 
 @triton.jit
-def _merge_neighbours(k, v, n, s, CELLS: tl.constexpr, D_PAD: tl.constexpr, VARIANCE: tl.constexpr):
+def _merge_neighbours(cells, CELLS: tl.constexpr, D_PAD: tl.constexpr, VARIANCE: tl.constexpr):
     """As `_merge`, of cells that stand next to each other in one tile: ``[2 * CELLS, D]`` to ``[CELLS, D]``."""
+    k, v, n, s = cells
     pair_n = tl.reshape(n, (CELLS, 2))
     total = tl.sum(pair_n, 1)
     share = tl.reshape(pair_n / tl.maximum(total, 1.0)[:, None], (CELLS, 2, 1))

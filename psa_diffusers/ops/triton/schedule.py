@@ -6,20 +6,14 @@ import triton.language as tl
 from torch import Tensor
 
 from psa_diffusers.ops.layout import Layout
-from psa_diffusers.ops.reference.schedule import Schedule, id_dtype
 from psa_diffusers.ops.triton.launch import next_power_of_2, on_device
 from psa_diffusers.ops.triton.levels import assign_block_levels, check_row, counted_at_once, select_levels, write_lists
 from psa_diffusers.ops.triton.tuning import row_warps
+from psa_diffusers.ops.types import Factors, LevelRule, Schedule, id_dtype
 
 
-def make_schedule(level_map: Tensor, factors: tuple[int, ...], block_n: int) -> Schedule:
-    """Group the kept blocks of every row by factor. See `psa_diffusers.ops.reference.schedule.make_schedule`.
-
-    Args:
-        level_map: ``[B, H, M, N]`` integers: a factor of ``factors``, or 0 = skip.
-        factors: Factors, ascending.
-        block_n: Tokens of a key block before pooling.
-    """
+def make_schedule(level_map: Tensor, factors: Factors, block_n: int) -> Schedule:
+    """Group the kept blocks of every row by factor. As in `ops.reference`."""
     batch, heads, num_q, num_k = level_map.shape
     schedule = _empty(level_map, factors, block_n)
     size = max(16, next_power_of_2(num_k))
@@ -32,41 +26,19 @@ def make_schedule(level_map: Tensor, factors: tuple[int, ...], block_n: int) -> 
 
 
 def plan_blocks(
-    importance: Tensor,
-    layout: Layout,
-    levels: tuple[tuple[int, float], ...],
-    mode: str,
-    factors: tuple[int, ...],
-    *,
-    min_full_ratio: float = 0.06,
-    cap: Tensor | None = None,
-    finite: Tensor | None = None,
-) -> Schedule:
-    """`assign_block_levels` and `make_schedule` in one, see `psa_diffusers.ops.reference.schedule.plan_blocks`.
-
-    By rank one kernel goes from importance to lists, and there is no level map.
-
-    Args:
-        importance: ``[B, H, M, N]`` float32, larger is more important.
-        layout: Where video and text blocks stand.
-        levels: ``(factor, upper bound)`` of the intervals, finest first; factor 0 skips.
-        mode: ``topk`` or ``thresholdbound``.
-        factors: Factors, ascending, that ``levels`` and ``cap`` can give.
-        min_full_ratio: For ``thresholdbound``: at least this share of the blocks is at factor 1.
-        cap: ``[B, H, N]`` largest factor that each key block bears.
-        finite: ``[B, H]`` bool; a head that is not finite reads everything at factor 1.
-    """
-    if mode != "topk":
-        level_map = assign_block_levels(
-            importance, layout, levels, mode, min_full_ratio=min_full_ratio, cap=cap, finite=finite
-        )
+    importance: Tensor, layout: Layout, rule: LevelRule, factors: Factors, *,
+    cap: Tensor | None = None, finite: Tensor | None = None,
+) -> Schedule:  # fmt: skip
+    """As in `ops.reference`; by rank one kernel goes from importance to lists, and there is no level map."""
+    if rule.mode != "topk":
+        level_map = assign_block_levels(importance, layout, rule, cap=cap, finite=finite)
         return make_schedule(level_map, factors, layout.block_n)
     schedule = _empty(importance, factors, layout.block_n)
-    select_levels(importance, layout, levels, cap, finite, schedule.block_ids, schedule.offsets, factors)
+    select_levels(importance, layout, rule.levels, cap, finite, schedule.block_ids, schedule.offsets, factors)
     return schedule
 
 
-def _empty(like: Tensor, factors: tuple[int, ...], block_n: int) -> Schedule:
+def _empty(like: Tensor, factors: Factors, block_n: int) -> Schedule:
     """A schedule to be filled, for a level map or an importance ``[B, H, M, N]``."""
     batch, heads, num_q, num_k = like.shape
     check_row(num_k, block_n)

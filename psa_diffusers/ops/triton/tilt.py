@@ -8,26 +8,16 @@ import triton.language as tl
 from torch import Tensor
 
 from psa_diffusers.ops.layout import Layout
-from psa_diffusers.ops.reference.moments import GAIN_BLOCK_STRIDE, GAIN_QUERY_STRIDE
-from psa_diffusers.ops.reference.pyramid import Pyramid
 from psa_diffusers.ops.triton import tuning
 from psa_diffusers.ops.triton.launch import aside, cdiv, head_strides, load_rows, next_power_of_2, on_device, padded
+from psa_diffusers.ops.types import GAIN_BLOCK_STRIDE, GAIN_QUERY_STRIDE, Pyramid
 
 _SPLITS = 8  # programs a head; a number of the chip's own would change the order of the sums
 _QUERIES = 16  # a program: the matrix units' smallest tile, as there are few
 
 
 def fit_tilt(pyramid: Pyramid, q: Tensor, k: Tensor, v: Tensor, layout: Layout, scale: float) -> Pyramid:
-    """Scale the covariances of each head by the gain that fits a sample. As in `ops/reference`.
-
-    Args:
-        pyramid: Pyramid with a covariance.
-        q: Queries ``[B, H, L, D]``.
-        k: Keys ``[B, H, L, D]``.
-        v: Values ``[B, H, L, D]``.
-        layout: Where tokens stand.
-        scale: Softmax scale.
-    """
+    """Scale the covariances of each head by the gain that fits a sample. As in `ops.reference`."""
     batch, heads, _, dim = q.shape
     block_n, size = layout.block_n, padded(dim)
     num_queries = cdiv(layout.video_query_blocks * layout.block_m, GAIN_QUERY_STRIDE)

@@ -1,7 +1,7 @@
 """How to launch each kernel on which chip: a table, so that the first call costs nothing and every run does the same.
 
 Every row compiles, fits the shared memory of every chip of its class and, with blocks of 128, spills no registers
-(tests/kernels/test_kernels_compile.py; on Hopper smaller blocks spill none either, on other chips a few bytes). Where a
+(tests/ops/triton/test_compile.py; on Hopper smaller blocks spill none either, on other chips a few bytes). Where a
 row was measured against others, it says so.
 """
 

@@ -1,9 +1,9 @@
 """Runs every launch of a small video once, where a read or write out of bounds is found.
 
 On a GPU:
-    PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck python tests/kernels/memcheck.py
+    PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck python tests/ops/triton/memcheck.py
 In the interpreter, on Linux, where memory before and past each tensor is forbidden:
-    TRITON_INTERPRET=1 python tests/kernels/memcheck.py
+    TRITON_INTERPRET=1 python tests/ops/triton/memcheck.py
 """
 
 import ctypes

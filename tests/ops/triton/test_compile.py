@@ -10,6 +10,7 @@ from triton.backends.compiler import GPUTarget
 
 from psa_diffusers import PSAPreset
 from psa_diffusers.ops.layout import flat_layout, make_layout
+from psa_diffusers.ops.types import LevelRule
 
 pytestmark = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") == "1",
@@ -37,9 +38,9 @@ def all_launches(monkeypatch, head_dim, unit):
             pyramid = triton_backend.fit_tilt(pyramid, q, k, v, layout, 0.1)
         scores = triton_backend.block_importance(q, k, layout, importance, 0.1)
         cap = triton_backend.key_cosine_cap(k, layout, ((2, 0.7), (4, 0.65), (8, 0.6))) if terms else None
-        rule = (preset.levels, mode, preset.factors)
+        rule = (LevelRule(preset.levels, mode), preset.factors)
         schedule = triton_backend.plan_blocks(scores, layout, *rule, cap=cap, finite=pyramid.finite)
-        triton_backend.attend(q, k, v, pyramid, schedule, layout, scale=0.1, variance_cap=4.0)
+        triton_backend.attend(q, k, v, pyramid, schedule, layout, scale=0.1)
 
     def everything():
         run("pooled_moments", "topk", True)
@@ -94,7 +95,7 @@ def test_the_selection_spills_nothing_on_long_rows(num_blocks, monkeypatch, tmp_
     preset = PSAPreset(mask_ratios=COVER)
     layout = flat_layout(16 * num_blocks, 16, 16, torch.device("cpu"))
     importance = torch.zeros(1, 1, 2, num_blocks)
-    rule = (preset.levels, "topk", preset.factors)
+    rule = (LevelRule(preset.levels, "topk"), preset.factors)
     (launch,) = record_launches(monkeypatch, lambda: triton_backend.plan_blocks(importance, layout, *rule))
     used = resources(launch.compile(GPUTarget("cuda", 90, 32)), tmp_path)
     assert used["stack"] == 0, f"{launch.name} spills: {used}"
@@ -127,7 +128,7 @@ def test_the_kernel_for_hopper_compiles_fits_and_keeps_its_products_in_flight(
         shape = (1, 2, layout.num_query_blocks, layout.num_key_blocks)
         schedule = triton_backend.make_schedule(torch.ones(shape, dtype=torch.int16), preset.factors, 128)
         assert attend_hopper.takes(q, k, v, layout, schedule, 0.1)
-        attend_hopper.attend(q, k, v, pyramid, schedule, layout, scale=0.1, variance_cap=4.0)
+        attend_hopper.attend(q, k, v, pyramid, schedule, layout, scale=0.1)
 
     launch = next(launch for launch in record_launches(monkeypatch, run) if launch.kernel.is_gluon())
     compiled = launch.compile(GPUTarget("cuda", 90, 32))

@@ -18,6 +18,7 @@ from psa_diffusers.ops import reference
 from psa_diffusers.ops import triton as triton_backend
 from psa_diffusers.ops.layout import flat_layout, make_layout
 from psa_diffusers.ops.orders import video_order
+from psa_diffusers.ops.types import LevelRule
 
 # numpy, in the interpreter, announces the logarithm of 0 and NaN, which are meant here
 pytestmark = [pytest.mark.interpreter, pytest.mark.filterwarnings("ignore::RuntimeWarning")]
@@ -334,7 +335,7 @@ def test_levels_are_those_of_the_stage(N, capped, mode, rng):
     finite = torch.tensor([[True, True]])
     for levels in (((1, 0.1), (2, 0.3), (8, 0.6), (0, 1.0)), ((1, 0.25), (4, 1.0)), ((8, 0.5), (0, 1.0)), ((1, 1.0),)):
         ours, theirs = (
-            backend.assign_block_levels(importance, layout, levels, mode, min_full_ratio=0.06, cap=cap, finite=finite)
+            backend.assign_block_levels(importance, layout, LevelRule(levels, mode, 0.06), cap=cap, finite=finite)
             for backend in BOTH
         )
         assert torch.equal(ours, theirs)
@@ -366,7 +367,8 @@ def test_lists_by_every_published_rule_are_those_of_the_stages(rng):
     layout = flat_layout(139 * 16, 16, 16, CPU)
     layout = replace(layout, query_counts=torch.full((2,), 16, dtype=torch.int32), video_query_blocks=2)
     for levels, factors in published_levels():
-        assert_same_lists(*(backend.plan_blocks(importance, layout, levels, "topk", factors) for backend in BOTH))
+        rule = LevelRule(levels, "topk")
+        assert_same_lists(*(backend.plan_blocks(importance, layout, rule, factors) for backend in BOTH))
 
 
 def hard_rows(N, rng):
@@ -400,11 +402,9 @@ def test_lists_by_rank_are_those_of_the_stages(N, rng):
     layout = flat_layout(16 * N, 16, 16, CPU)
     layout = replace(layout, query_counts=torch.full((12,), 16, dtype=torch.int32), video_query_blocks=11)
     for levels in EDGES:
-        assert_same_lists(*(backend.plan_blocks(importance, layout, levels, "topk", (1, 2, 8, 16)) for backend in BOTH))
-    assert torch.equal(
-        triton_backend.assign_block_levels(importance, layout, levels, "topk"),
-        reference.assign_block_levels(importance, layout, levels, "topk"),
-    )
+        rule = LevelRule(levels, "topk")
+        assert_same_lists(*(backend.plan_blocks(importance, layout, rule, (1, 2, 8, 16)) for backend in BOTH))
+    assert torch.equal(*(backend.assign_block_levels(importance, layout, rule) for backend in BOTH))
 
 
 @pytest.mark.parametrize("mode", ["topk", "thresholdbound"])
@@ -414,10 +414,8 @@ def test_lists_with_caps_text_and_a_broken_head_are_those_of_the_stages(mode, rn
     importance = torch.randint(0, 9, shape, generator=rng) / 64
     cap = torch.tensor([1, 2, 4, 8], dtype=torch.int16)[torch.randint(0, 4, (2, 2, shape[3]), generator=rng)]
     case = {"cap": cap, "finite": torch.tensor([[True, False], [True, True]])}
-    levels = ((1, 0.1), (2, 0.3), (8, 0.6), (0, 1.0))
-    assert_same_lists(
-        *(backend.plan_blocks(importance, layout, levels, mode, (1, 2, 4, 8), **case) for backend in BOTH)
-    )
+    rule = LevelRule(((1, 0.1), (2, 0.3), (8, 0.6), (0, 1.0)), mode)
+    assert_same_lists(*(backend.plan_blocks(importance, layout, rule, (1, 2, 4, 8), **case) for backend in BOTH))
 
 
 def test_the_longest_rows(rng):
@@ -428,9 +426,8 @@ def test_the_longest_rows(rng):
     layout = replace(layout, query_counts=torch.full((3,), 16, dtype=torch.int32), video_query_blocks=3)
     # the second rule fills one of two counts that share a number
     for levels in (((1, 0.095), (4, 0.225), (16, 0.385), (128, 1.0)), ((4, 1.0),)):
-        assert_same_lists(
-            *(backend.plan_blocks(importance, layout, levels, "topk", (1, 4, 16, 128)) for backend in BOTH)
-        )
+        rule = LevelRule(levels, "topk")
+        assert_same_lists(*(backend.plan_blocks(importance, layout, rule, (1, 4, 16, 128)) for backend in BOTH))
 
 
 @pytest.mark.parametrize("N", [1023, 1024])
@@ -452,10 +449,8 @@ def test_rows_that_are_too_long_are_refused():
 def test_a_head_that_is_not_finite_reads_everything(rng):
     layout = flat_layout(160, 32, 16, CPU)
     importance = torch.rand(1, 2, 5, 10, generator=rng)
-    levels = ((1, 0.1), (0, 1.0))
-    level_map = triton_backend.assign_block_levels(
-        importance, layout, levels, "topk", finite=torch.tensor([[True, False]])
-    )
+    rule = LevelRule(((1, 0.1), (0, 1.0)), "topk")
+    level_map = triton_backend.assign_block_levels(importance, layout, rule, finite=torch.tensor([[True, False]]))
     assert (level_map[0, 1] == 1).all()
     assert (level_map[0, 0] == 0).any()
 

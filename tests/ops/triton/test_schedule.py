@@ -9,7 +9,7 @@ from tiny import CASES, TINY_PRESET
 from psa_diffusers import PSAPreset, psa_attention
 from psa_diffusers.ops.orders import video_order
 from psa_diffusers.pipelines.enable import enable_psa
-from psa_diffusers.processors import base as processor
+from psa_diffusers.processors import sparse as processor
 
 # numpy, in the interpreter, announces the logarithm of 0 and NaN, which are meant here
 pytestmark = [pytest.mark.interpreter, pytest.mark.filterwarnings("ignore::RuntimeWarning")]

@@ -1,15 +1,12 @@
-"""The forms of stages 3 and 7 that train on a GPU, against those that are judged by the oracle."""
+"""The backend that trains on a GPU against the one that is judged by the oracle."""
 
 import oracle
 import pytest
 import torch
 from budget import assert_within_rounding
 
+from psa_diffusers.ops import reference, training
 from psa_diffusers.ops.layout import flat_layout
-from psa_diffusers.ops.masked import attend_masked
-from psa_diffusers.ops.reference import attend, build_pyramid, make_schedule
-from psa_diffusers.ops.reference.pyramid import pool_at_once
-from psa_diffusers.presets.schema import KEY_VARIANCE_CAP
 
 CASES = [
     #             L    m    n    factors        what it is for
@@ -27,10 +24,10 @@ def both(q, k, v, factors, m, n, rng, key_variance, value_tilt):
     shape = (B, H, -(-L // m), -(-L // n))
     level_map = torch.tensor(factors, dtype=torch.int16)[torch.randint(0, len(factors), shape, generator=rng)]
     factors = tuple(sorted({*factors} - {0} | {1}))
-    schedule = make_schedule(level_map, factors, n)
-    for build, run in ((build_pyramid, attend), (pool_at_once, attend_masked)):
-        pyramid = build(k, v, layout, factors, key_variance=key_variance, value_tilt=value_tilt)
-        yield run(q, k, v, pyramid, schedule, layout, scale=D**-0.5, variance_cap=KEY_VARIANCE_CAP)
+    schedule = reference.make_schedule(level_map, factors, n)
+    for backend in (reference, training):
+        pyramid = backend.build_pyramid(k, v, layout, factors, key_variance=key_variance, value_tilt=value_tilt)
+        yield backend.attend(q, k, v, pyramid, schedule, layout, scale=D**-0.5)
     yield level_map
 
 
@@ -66,7 +63,8 @@ def test_both_pyramids_are_the_same(rng):
     k, v = (torch.randn(2, 2, 97, 16, generator=rng, dtype=torch.float64) for _ in range(2))
     layout = flat_layout(97, 32, 64, k.device)
     pyramids = [
-        build(k, v, layout, (1, 2, 64), key_variance=True, value_tilt=True) for build in (build_pyramid, pool_at_once)
+        backend.build_pyramid(k, v, layout, (1, 2, 64), key_variance=True, value_tilt=True)
+        for backend in (reference, training)
     ]
     real = torch.isfinite(pyramids[0].log_counts)
     for name in ("keys", "values", "variance", "covariance", "log_counts", "finite"):
