@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from psa_diffusers.attention import unsupported_head_dim
+from psa_diffusers.ops.checks import unsupported_head_dim
 from psa_diffusers.processors import ulysses
 from psa_diffusers.processors.dense import fastest_dense
 from psa_diffusers.processors.recorder import Measured, Recorder

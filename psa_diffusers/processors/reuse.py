@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from psa_diffusers.ops.reference.schedule import Schedule
+from psa_diffusers.ops.types import Schedule
 
 Now = tuple[int, int]
 """Round of the clock, and step within it."""

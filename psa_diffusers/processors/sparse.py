@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from psa_diffusers.attention import needs_grad, psa_attention, say_once
 from psa_diffusers.models.registry import Grid
-from psa_diffusers.ops.reference.schedule import Schedule
+from psa_diffusers.ops.types import Schedule
 from psa_diffusers.presets import preset_of_key
 from psa_diffusers.processors import ulysses
 from psa_diffusers.processors.recorder import Measured

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from psa_diffusers.ops.reference.schedule import Schedule
+from psa_diffusers.ops.types import Schedule
 from psa_diffusers.presets import PSAPreset
 
 RING = (

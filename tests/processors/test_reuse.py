@@ -17,8 +17,7 @@ from psa_diffusers import PSAPreset, PSAProcessor, psa_attention
 from psa_diffusers.ops import reference
 from psa_diffusers.ops.layout import make_layout
 from psa_diffusers.ops.orders import video_order
-from psa_diffusers.ops.reference.schedule import Schedule
-from psa_diffusers.ops.types import KEY_VARIANCE_CAP
+from psa_diffusers.ops.types import Schedule
 from psa_diffusers.pipelines.enable import disable_psa, enable_psa
 from psa_diffusers.pipelines.report import psa_report
 from psa_diffusers.pipelines.state import state_of
@@ -268,9 +267,7 @@ def test_a_kept_map_is_read_with_the_keys_and_values_of_its_step(name, text, ter
         layout = make_layout(tiny.GRID, text, True, 16, 16, "gilbert", (2, 8, 8), q.device)
         pyramid = reference.build_pyramid(k, v, layout, (1, 2, 8), **terms)
         schedule = reference.make_schedule(level_map, (1, 2, 8), 16)
-        plain = reference.attend(
-            q, k, v, pyramid, schedule, layout, scale=q.shape[-1] ** -0.5, variance_cap=KEY_VARIANCE_CAP
-        )
+        plain = reference.attend(q, k, v, pyramid, schedule, layout, scale=q.shape[-1] ** -0.5)
         assert_within_budget(last["out"], truth, plain)
         stale = oracle.oracle_attention(*first["qkv"], level_map, **case)
         assert not torch.allclose(truth, stale, rtol=0.01), "keys and values must have moved on"
