@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 
 _PLACE = re.compile(r"(-?\d+)(%?)$")
@@ -36,17 +37,17 @@ def in_ranges(text: str, place: int, count: int | None) -> bool:
 
 def _in_range(part: str, place: int, count: int | None) -> bool:
     start, colon, stop = part.partition(":")
-    first = _resolve(start, count) if start else 0
+    first = _resolve(start or "0", count)
     if not colon:
         return place == first
-    last = _resolve(stop, count) if stop else float("inf")
+    last = _resolve(stop, count) if stop else math.inf
     return first is not None and last is not None and first <= place < last
 
 
 def _resolve(place: str, count: int | None) -> int | None:
-    number, percent = _PLACE.match(place).groups()
-    if count is None and (percent or number.startswith("-")):
-        return None
-    if percent:
-        return round(count * int(number) / 100)
-    return int(number) + (count if number.startswith("-") else 0)
+    number, is_share = int(place.removesuffix("%")), place.endswith("%")
+    if count is None:
+        return None if is_share or place.startswith("-") else number
+    if is_share:
+        return round(count * number / 100)
+    return number + (count if place.startswith("-") else 0)

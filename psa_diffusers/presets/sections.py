@@ -157,7 +157,7 @@ def _default_attention(section: Mapping[str, Any], model: str) -> str:
             f"section {model!r}: default_attention is {default!r}, which is none of its presets."
             f"{suggest(default, presets)} Available: {', '.join(sorted(presets))}"
         )
-    return default
+    return str(default)
 
 
 def _make_preset(model: str, name: str, values: Mapping[str, Any], overrides: Mapping[str, Any]) -> PSAPreset:
