@@ -68,7 +68,7 @@ def test_installed_wheel_works_from_anywhere(installed, tmp_path):
     code = (
         "import psa_diffusers\n"
         "from psa_diffusers import list_presets, load_preset\n"
-        "from psa_diffusers.presets.model_entries import load_model_entry\n"
+        "from psa_diffusers.presets import load_model_entry\n"
         "print(psa_diffusers.__file__)\n"
         "print(load_preset('CogVideo_5b', 'psa_4steps').levels, sorted(list_presets()), load_model_entry('demo').name)"
     )
@@ -86,7 +86,7 @@ def test_the_installed_demo_model_generates_without_network(installed, tmp_path)
         "    raise AssertionError('network')\n"
         "socket.socket.connect = socket.getaddrinfo = refuse\n"
         "from psa_diffusers.cli import demo, generation\n"
-        "from psa_diffusers.presets.model_entries import load_model_entry\n"
+        "from psa_diffusers.presets import load_model_entry\n"
         "config = load_model_entry('demo')\n"
         "pipe = generation.load_pipeline(config, device='cpu')\n"
         "call = {'prompt': config.example_prompt, 'width': 64, 'height': 64, 'num_frames': 9}\n"

@@ -18,7 +18,7 @@ _IN_STEPS = frozenset({"layers", "dense_layers"})
 
 
 @dataclass(frozen=True)
-class Part:
+class LayerChanges:
     """Changed keys as JSON, and the layers they are for."""
 
     layers: str
@@ -64,12 +64,12 @@ def parse_changes(key: str, given: Any, keys: Keys) -> tuple[tuple[str, str], ..
 
 
 @lru_cache(maxsize=4096)
-def split(values: str) -> tuple[Part, ...]:
+def split(values: str) -> tuple[LayerChanges, ...]:
     """Split the changes of a range of steps by the layers they are for: all layers first, then some, then the dense."""
     plain = json.loads(values)
     within, dense = plain.pop("layers", None) or {}, plain.pop("dense_layers", None)
-    parts = [Part(":", json.dumps(plain))] if plain else []
-    parts += [Part(layers, json.dumps(changes)) for layers, changes in within.items()]
+    parts = [LayerChanges(":", json.dumps(plain))] if plain else []
+    parts += [LayerChanges(layers, json.dumps(changes)) for layers, changes in within.items()]
     if dense is not None:
-        parts.append(Part(check_ranges(dense), '{"type": "dense"}'))
+        parts.append(LayerChanges(check_ranges(dense), '{"type": "dense"}'))
     return tuple(parts)
