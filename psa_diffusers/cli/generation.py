@@ -1,6 +1,6 @@
 """From a prompt to a file: load a pipeline as `configs/models.yaml` says, generate, write the video and its record.
 
-What the scripts share. Attention itself never imports this room.
+What the commands share. Attention itself never imports this room.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import re
 import subprocess
 import time
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
@@ -23,14 +23,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from psa_diffusers.lora.load import load_psa_lora
+from psa_diffusers.cli.demo import FAMILIES, build_demo_pipeline, demo_lora
+from psa_diffusers.lora import load_psa_lora
 from psa_diffusers.pipelines.enable import disable_psa, enable_psa
-from psa_diffusers.pipelines.report import SWITCH, psa_report
-from psa_diffusers.presets.model_entries import LoraSource, ModelConfig, list_model_configs, load_model_config
-from psa_diffusers.presets.schema import PSAPreset, load_preset
+from psa_diffusers.pipelines.report import psa_report
+from psa_diffusers.pipelines.state import state_of
+from psa_diffusers.presets import LoraSource, ModelEntry, PSAPreset, list_model_entries, load_model_entry, load_preset
 
 __all__ = [
-    "Run",
+    "Generated",
     "call_defaults",
     "check_metrics",
     "compare_videos",
@@ -43,6 +44,7 @@ __all__ = [
     "preset_for",
     "resolve_model",
     "revision",
+    "text_length",
     "write_json",
     "write_video",
 ]
@@ -56,7 +58,7 @@ def device_of_process() -> str:
     return "cuda" if rank is None else f"cuda:{int(rank) % torch.cuda.device_count()}"
 
 
-def resolve_model(model: str, config: str | Path | None = None) -> ModelConfig:
+def resolve_model(model: str, config: str | Path | None = None) -> ModelEntry:
     """Find what `--model` means: a key of models.yaml, a folder with a saved pipeline, or a hub id ``owner/name``.
 
     A folder or hub id has no entry, so sizes and steps are those of the pipeline itself unless they are given.
@@ -64,65 +66,59 @@ def resolve_model(model: str, config: str | Path | None = None) -> ModelConfig:
     Raises:
         ValueError: If it is none of the three. The message lists the keys.
     """
-    keys = list_model_configs(config)
+    keys = list_model_entries(config)
     if model.casefold() in map(str.casefold, keys):
-        return load_model_config(model, config)
+        return load_model_entry(model, config)
     if (Path(model).expanduser() / "model_index.json").is_file() or re.fullmatch(r"[\w.-]+/[\w.-]+", model):
         dtype = "bfloat16" if torch.cuda.is_available() else "float32"
-        return ModelConfig(name="custom", source=str(model), dtype=dtype)
+        return ModelEntry(name="custom", source=str(model), dtype=dtype)
     raise ValueError(
         f"--model {model!r} is no entry of models.yaml, no folder with a saved pipeline "
         f"(model_index.json) and no hub id owner/name. Entries: {', '.join(keys)}"
     )
 
 
-def load_pipeline(config: ModelConfig, *, device: str, lora: LoraSource | None = None) -> Any:
+def load_pipeline(entry: ModelEntry, *, device: str, lora: LoraSource | None = None) -> Any:
     """Load a pipeline, its scheduler and LoRA, and put it where its weights should wait.
 
     Args:
-        config: What to load; ``source`` None is the demo model of the pipeline's family.
+        entry: What to load; ``source`` None is the demo model of the pipeline's family.
         device: Where to run.
         lora: LoRA to load in place of the entry's own.
     """
-    if config.source is None:
-        from psa_diffusers.cli.demo import FAMILIES, build_demo_pipeline
-
-        family = {pipeline: family for family, pipeline in FAMILIES.items()}.get(config.pipeline, "cogvideox")
-        pipe = build_demo_pipeline(family=family)
+    if entry.source is None:
+        family = {pipeline: family for family, pipeline in FAMILIES.items()}.get(entry.pipeline or "", "cogvideox")
+        pipe: Any = build_demo_pipeline(family=family)
     else:
         import diffusers
 
-        kind = getattr(diffusers, config.pipeline) if config.pipeline else diffusers.DiffusionPipeline
-        dtypes = {"default": getattr(torch, config.dtype)}
-        if config.vae_dtype:
-            dtypes["vae"] = getattr(torch, config.vae_dtype)
+        kind = getattr(diffusers, entry.pipeline) if entry.pipeline else diffusers.DiffusionPipeline
+        dtypes = {"default": getattr(torch, entry.dtype)}
+        if entry.vae_dtype:
+            dtypes["vae"] = getattr(torch, entry.vae_dtype)
         # the new name is ignored before 0.41, the old one warned about since
         version = tuple(int(part) for part in diffusers.__version__.split(".")[:2])
         name = "dtype" if version >= (0, 41) else "torch_dtype"
-        pipe = kind.from_pretrained(config.source, **{name: dtypes if len(dtypes) > 1 else dtypes["default"]})
-    if config.scheduler is not None:
+        pipe = kind.from_pretrained(entry.source, **{name: dtypes if len(dtypes) > 1 else dtypes["default"]})
+    if entry.scheduler is not None:
         import diffusers
 
-        kind = getattr(diffusers, config.scheduler.class_name)
-        pipe.scheduler = kind.from_config(pipe.scheduler.config, **config.scheduler.kwargs)
-    if config.flow_shift is not None:
+        kind = getattr(diffusers, entry.scheduler.class_name)
+        pipe.scheduler = kind.from_config(pipe.scheduler.config, **entry.scheduler.kwargs)
+    if entry.flow_shift is not None:
         key = "flow_shift" if "flow_shift" in pipe.scheduler.config else "shift"
-        pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, **{key: config.flow_shift})
-    lora = lora or config.lora
+        pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, **{key: entry.flow_shift})
+    lora = lora or entry.lora
     if lora is not None:
-        source = lora.source
-        if source == "demo":
-            from psa_diffusers.cli.demo import demo_lora
-
-            source = demo_lora()
+        source = demo_lora() if lora.source == "demo" else lora.source
         load_psa_lora(pipe, source, weight_name=lora.weight_name, scale=lora.scale)
-    if config.vae_tiling and hasattr(pipe, "vae"):
+    if entry.vae_tiling and hasattr(pipe, "vae"):
         pipe.vae.enable_tiling()
-    if config.vae_slicing and hasattr(pipe, "vae"):
+    if entry.vae_slicing and hasattr(pipe, "vae"):
         pipe.vae.enable_slicing()
-    if config.offload == "model" and device != "cpu":
+    if entry.offload == "model" and device != "cpu":
         pipe.enable_model_cpu_offload(device=device)
-    elif config.offload == "sequential" and device != "cpu":
+    elif entry.offload == "sequential" and device != "cpu":
         pipe.enable_sequential_cpu_offload(device=device)
     else:
         pipe.to(device)
@@ -130,7 +126,7 @@ def load_pipeline(config: ModelConfig, *, device: str, lora: LoraSource | None =
 
 
 @dataclass(frozen=True)
-class Run:
+class Generated:
     """A generated video and what there is to say about it.
 
     Attributes:
@@ -162,7 +158,7 @@ def generate(
     section: str | None = None,
     config: str | Path | None = None,
     overrides: Mapping[str, Any] | None = None,
-) -> Run:
+) -> Generated:
     """Generate one video, dense or with PSA. The pipeline is afterwards as it was before.
 
     Args:
@@ -175,14 +171,10 @@ def generate(
         config: The user's own preset file.
         overrides: Preset fields by their YAML names.
     """
-    if use_psa:
-        _enable(pipe, preset, section, config, overrides)
+    chosen = _enable(pipe, preset, section, config, overrides) if use_psa else None
     parameters = inspect.signature(type(pipe).__call__).parameters
     arguments = {"generator": torch.Generator("cpu").manual_seed(seed), "output_type": "np", **call}
-    # a joint sequence has the text length of the denoiser, whatever the pipeline assumes
-    text_length = getattr(getattr(pipe, "transformer", None), "config", {}).get("max_text_seq_length")
-    if text_length and "max_sequence_length" in parameters:
-        arguments.setdefault("max_sequence_length", text_length)
+    arguments = text_length(pipe) | arguments
     ends: list[float] = []
     if "callback_on_step_end" in parameters:
 
@@ -196,20 +188,18 @@ def generate(
         start = time.perf_counter()
         frames = np.asarray(pipe(**arguments).frames[0], dtype=np.float32)
         seconds = time.perf_counter() - start
-        run = Run(frames, seconds, ends[-1] - start if ends else None)
-        if not use_psa:
-            return run
+        made = Generated(frames, seconds, ends[-1] - start if ends else None)
+        if chosen is None:
+            return made
         report = psa_report(pipe)
         densities = [record["density"] for record in report.records]
         sparse = [record["density"] for record in report.records if record["kind"] == "sparse"]
-        return Run(
-            frames,
-            seconds,
-            run.denoising_seconds,
+        return replace(
+            made,
             density=sum(densities) / len(densities) if densities else None,
             sparse_density=sum(sparse) / len(sparse) if sparse else None,
             report=report.summary(),
-            preset=getattr(pipe, SWITCH).run.preset.to_dict(),
+            preset=chosen.to_dict(),
         )
     finally:
         disable_psa(pipe)
@@ -229,11 +219,9 @@ def preset_for(
         TypeError: If PSA does not know the denoiser.
         ValueError: If there is no such preset, or an override is wrong.
     """
-    _enable(pipe, preset, section, config, overrides)
-    try:
-        return getattr(pipe, SWITCH).run.preset
-    finally:
-        disable_psa(pipe)
+    chosen = _enable(pipe, preset, section, config, overrides)
+    disable_psa(pipe)
+    return chosen
 
 
 def _enable(
@@ -242,11 +230,15 @@ def _enable(
     section: str | None,
     config: str | Path | None,
     overrides: Mapping[str, Any] | None,
-) -> None:
-    overrides = dict(overrides or {})
+) -> PSAPreset:
+    """Switch PSA on, and return the preset that it runs with."""
+    changes = dict(overrides or {})
     if section is not None and not isinstance(preset, PSAPreset):
-        preset, overrides = load_preset(section, preset, config=config, **overrides), {}
-    enable_psa(pipe, preset, config=config, report=True, **overrides)
+        preset, changes = load_preset(section, preset, config=config, **changes), {}
+    enable_psa(pipe, preset, config=config, report=True, **changes)
+    switch = state_of(pipe).switch
+    assert switch is not None, "enable_psa has set it"
+    return switch.run.preset
 
 
 def call_defaults(pipe: Any, names: Iterable[str]) -> dict[str, Any]:
@@ -254,6 +246,16 @@ def call_defaults(pipe: Any, names: Iterable[str]) -> dict[str, Any]:
     parameters = inspect.signature(type(pipe).__call__).parameters
     defaults = {name: parameters[name].default for name in names if name in parameters}
     return {name: value for name, value in defaults.items() if value not in (None, inspect.Parameter.empty)}
+
+
+def text_length(pipe: Any) -> dict[str, int]:
+    """Return the text length of the denoiser as an argument of the pipeline's call, nothing where it has none.
+
+    A joint sequence has the text length of the denoiser, whatever the pipeline assumes.
+    """
+    length = getattr(getattr(pipe, "transformer", None), "config", {}).get("max_text_seq_length")
+    takes_it = "max_sequence_length" in inspect.signature(type(pipe).__call__).parameters
+    return {"max_sequence_length": length} if length and takes_it else {}
 
 
 def plain_config(part: Any) -> dict[str, Any]:
@@ -318,7 +320,7 @@ def output_name(index: int, prompt: str, seed: int, settings: Mapping[str, Any])
 def environment(device: str) -> dict[str, Any]:
     """Versions, machine and commit, as far as they can be known."""
     names = ("psa_diffusers", "torch", "triton", "diffusers", "transformers", "accelerate", "peft", "numpy")
-    versions = {}
+    versions: dict[str, str | None] = {}
     for name in names:
         try:
             versions[name] = metadata.version(name)

@@ -1,15 +1,16 @@
-"""Options for a model and its call, and the open pipeline: for scripts that compare, record and calibrate."""
+"""Options for a model and its call, and the open pipeline: for commands that compare, record and calibrate."""
 
 from __future__ import annotations
 
 import argparse
-import inspect
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from psa_diffusers.cli.generation import load_pipeline, resolve_model
+from psa_diffusers.cli.generation import load_pipeline, resolve_model, text_length
+
+__all__ = ["DEMO_PROMPTS", "PROMPTS", "add_call_options", "open_model", "read_prompts"]
 
 PROMPTS = (
     "A red ball rolls across a green field and comes to rest beside a blue box.",
@@ -47,15 +48,12 @@ def open_model(model: str, args: argparse.Namespace) -> tuple[Any, dict[str, Any
             pipeline's own sizes.
         args: What `add_call_options` parsed.
     """
-    config = resolve_model(model)
-    pipe = load_pipeline(config, device=args.device)
-    known = {name: getattr(config, name) for name in _CALL} if config.name != "custom" else {}
+    entry = resolve_model(model)
+    pipe = load_pipeline(entry, device=args.device)
+    known = {name: getattr(entry, name) for name in _CALL} if entry.name != "custom" else {}
     given = {name: getattr(args, name) for name in (*_SIZES, "guidance_scale")}
     call = known | {name: value for name, value in given.items() if value is not None}
-    # a joint sequence has the text length of the denoiser, whatever the pipeline assumes
-    text_length = getattr(pipe.transformer, "config", {}).get("max_text_seq_length")
-    if text_length and "max_sequence_length" in inspect.signature(type(pipe).__call__).parameters:
-        call["max_sequence_length"] = text_length
+    call |= text_length(pipe)
     return pipe, {name: value for name, value in call.items() if value is not None}
 
 

@@ -14,16 +14,14 @@ from typing import Any
 
 from psa_diffusers.lora.adapters import adapters_of, loadable_parts, take_out_of_weights
 from psa_diffusers.lora.recipes import Recipe
-from psa_diffusers.pipelines.enable import DEFAULT_PRESET, disable_psa, enable_psa
+from psa_diffusers.pipelines.enable import disable_psa, enable_psa
 from psa_diffusers.pipelines.host import is_running, pop_subclass, push_subclass
-from psa_diffusers.pipelines.report import SWITCH
-from psa_diffusers.presets.schema import load_preset
+from psa_diffusers.pipelines.state import set_state, state_of
+from psa_diffusers.presets import load_preset
 
 __all__ = ["FewStepSetup", "apply_setup", "check_idle", "forget_adapters", "make_setup", "recipe_of", "setup_of"]
 
 logger = logging.getLogger("psa_diffusers")
-
-_SETUP = "_psa_lora"  # attribute of a pipeline: its `FewStepSetup`
 
 
 @dataclass
@@ -47,7 +45,7 @@ class FewStepSetup:
 
 def setup_of(pipe: Any) -> FewStepSetup | None:
     """Return what a few-step LoRA has set in the pipeline, None if it has none."""
-    return getattr(pipe, _SETUP, None)
+    return state_of(pipe).lora
 
 
 def recipe_of(pipe: Any) -> Recipe | None:
@@ -66,7 +64,7 @@ def make_setup(pipe: Any, recipe: Recipe, adapter_name: str) -> FewStepSetup:
     import diffusers
 
     check_idle(pipe)
-    switch = getattr(pipe, SWITCH, None)
+    switch = state_of(pipe).switch
     if switch is not None and switch.arguments["preset"] is None:
         load_preset(
             *recipe.preset, **{key: value for key, value in switch.arguments.items() if key not in ("preset", "report")}
@@ -83,8 +81,7 @@ def apply_setup(pipe: Any, setup: FewStepSetup) -> None:
         return
     psa = _switch_off(pipe)
     pipe.scheduler = setup.scheduler
-    setattr(pipe, _SETUP, setup)
-    setattr(pipe, DEFAULT_PRESET, setup.recipe.preset)
+    set_state(pipe, lora=setup, default_preset=setup.recipe.preset)
     setup.subclass = push_subclass(pipe, _methods(type(pipe), setup.recipe))
     _switch_on(pipe, psa)
     recipe = setup.recipe
@@ -94,7 +91,7 @@ def apply_setup(pipe: Any, setup: FewStepSetup) -> None:
         ", ".join(f"{name}={value}" for name, value in recipe.call.items()),
         recipe.preset[1],
     )
-    switch = getattr(pipe, SWITCH, None)
+    switch = state_of(pipe).switch
     if switch is not None and switch.run.preset.name != recipe.preset[1]:
         logger.warning(
             "PSA stays at the preset %r, which was chosen; the LoRA was trained with %r",
@@ -126,8 +123,7 @@ def check_idle(pipe: Any) -> None:
 
 def _give_back(pipe: Any, setup: FewStepSetup) -> None:
     psa = _switch_off(pipe)
-    delattr(pipe, _SETUP)
-    delattr(pipe, DEFAULT_PRESET)
+    set_state(pipe, lora=None, default_preset=None)
     if pipe.scheduler is setup.scheduler:  # else somebody has chosen another since
         pipe.scheduler = setup.scheduler_before
     pop_subclass(pipe, setup.subclass)
@@ -136,7 +132,7 @@ def _give_back(pipe: Any, setup: FewStepSetup) -> None:
 
 def _switch_off(pipe: Any) -> dict[str, Any] | None:
     """Switch PSA off if it is on with the default preset, which changes; return how to switch it on again."""
-    switch = getattr(pipe, SWITCH, None)
+    switch = state_of(pipe).switch
     if switch is None or switch.arguments["preset"] is not None:
         return None
     disable_psa(pipe)

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 from tiny import CASES
 
+from psa_diffusers.cli import compare
+
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG = """
 demo:
@@ -68,9 +70,6 @@ def test_a_preset_that_never_runs_sparse_is_an_error_that_says_why(model):
 
 
 def test_lpips_says_what_is_missing(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
-    import compare
-
     monkeypatch.setattr(compare, "find_spec", lambda name: None)
     with pytest.raises(SystemExit, match="pip install torchvision, or leave --lpips out"):
         compare.load_lpips()

@@ -15,6 +15,7 @@ from tiny import CASES, TINY_PRESET
 from psa_diffusers.lora import check_lora, load_psa_lora, recipe_of, unload_psa_lora
 from psa_diffusers.lora.recipes import REPOSITORY, choose_recipe
 from psa_diffusers.pipelines.enable import disable_psa, enable_psa
+from psa_diffusers.pipelines.state import state_of
 
 # peft announces a second adapter
 pytestmark = pytest.mark.filterwarnings("ignore:Already found a `peft_config`:UserWarning")
@@ -126,7 +127,7 @@ FOUR_STEPS = {
 }
 
 
-def state_of(pipe):
+def snapshot(pipe):
     """All that a LoRA may change in a pipeline."""
     denoisers = [part for part in (pipe.transformer, getattr(pipe, "transformer_2", None)) if part is not None]
     return {
@@ -142,7 +143,7 @@ def state_of(pipe):
 
 
 def assert_same_state(pipe, before):
-    after = state_of(pipe)
+    after = snapshot(pipe)
     assert after.keys() == before.keys()
     for part, value in after.items():
         assert value == before[part], part
@@ -161,7 +162,7 @@ def run_without_settings(pipe, name):
 def test_the_lora_for_four_steps_brings_what_it_needs_and_takes_it_back(name, tmp_path):
     pipe = CASES[name].build()
     dense = CASES[name].run(pipe)
-    before = state_of(pipe)
+    before = snapshot(pipe)
     load_psa_lora(pipe, lora_file(tmp_path, name, rank=64))
     scheduler, settings, section = FOUR_STEPS[name]
     assert type(pipe.scheduler).__name__ == scheduler
@@ -170,7 +171,7 @@ def test_the_lora_for_four_steps_brings_what_it_needs_and_takes_it_back(name, tm
     assert (parameters["num_inference_steps"].default, parameters["guidance_scale"].default) == (4, 1.0)
     assert recipe_of(pipe).preset == (section, "psa_4steps")
     enable_psa(pipe)
-    assert (pipe._psa_switch.run.preset.model, pipe._psa_switch.run.preset.name) == (section, "psa_4steps")
+    assert (state_of(pipe).switch.run.preset.model, state_of(pipe).switch.run.preset.name) == (section, "psa_4steps")
     disable_psa(pipe)
 
     forwards = []
@@ -193,7 +194,7 @@ def test_the_lora_for_four_steps_brings_what_it_needs_and_takes_it_back(name, tm
 @pytest.mark.parametrize("fuse", [False, True], ids=["loose", "fused"])
 def test_every_way_to_unload_gives_everything_back(unload, fuse, tmp_path):
     pipe = CASES["cogvideox"].build()
-    before = state_of(pipe)
+    before = snapshot(pipe)
     weights = {key: value.clone() for key, value in pipe.transformer.state_dict().items()}
     load_psa_lora(pipe, lora_file(tmp_path, "cogvideox", rank=64), fuse=fuse)
     if unload == "ours":
@@ -219,15 +220,15 @@ def test_every_way_to_unload_gives_everything_back(unload, fuse, tmp_path):
 def test_the_default_preset_is_the_loras_before_and_after_enable(name, order, tmp_path):
     path = lora_file(tmp_path, name, rank=64)
     pipe = CASES[name].build()
-    before = state_of(pipe)
+    before = snapshot(pipe)
     if order == "lora-first":
         load_psa_lora(pipe, path)
         enable_psa(pipe, report=True)
     else:
         enable_psa(pipe, report=True)
-        assert pipe._psa_switch.run.preset.name != "psa_4steps"
+        assert state_of(pipe).switch.run.preset.name != "psa_4steps"
         load_psa_lora(pipe, path)
-    switch = pipe._psa_switch
+    switch = state_of(pipe).switch
     assert switch.run.preset.name == "psa_4steps"
     assert "which the LoRA was trained with" in switch.run.recorder.title
     _, steps = run_without_settings(pipe, name)
@@ -235,7 +236,7 @@ def test_the_default_preset_is_the_loras_before_and_after_enable(name, order, tm
     kinds = [(entry["step"], entry["kind"]) for entry in switch.run.recorder.entries]
     assert kinds == [(step, "sparse") for step in range(4) for _ in range(2)], "sparse from the first step"
     pipe.unload_lora_weights()
-    assert pipe._psa_switch.run.preset.name != "psa_4steps"
+    assert state_of(pipe).switch.run.preset.name != "psa_4steps"
     disable_psa(pipe)
     assert_same_state(pipe, before)
 
@@ -244,7 +245,7 @@ def test_a_preset_that_was_chosen_stays_and_the_log_says_so(tmp_path, caplog):
     pipe = enable_psa(CASES["wan2.1"].build(), "psa_topk")
     processors = [block.attn1.processor for block in pipe.transformer.blocks]
     load_psa_lora(pipe, lora_file(tmp_path, "wan2.1", rank=64))
-    assert pipe._psa_switch.run.preset.name == "psa_topk"
+    assert state_of(pipe).switch.run.preset.name == "psa_topk"
     assert [block.attn1.processor for block in pipe.transformer.blocks] == processors
     assert "PSA stays at the preset 'psa_topk', which was chosen; the LoRA was trained with 'psa_4steps'" in caplog.text
     unload_psa_lora(pipe)
@@ -254,7 +255,7 @@ def test_a_preset_that_was_chosen_stays_and_the_log_says_so(tmp_path, caplog):
 @pytest.mark.parametrize("first_off", ["psa", "lora"])
 def test_psa_and_the_lora_go_in_any_order(first_off, tmp_path):
     pipe = CASES["cogvideox"].build()
-    before = state_of(pipe)
+    before = snapshot(pipe)
     path = lora_file(tmp_path, "cogvideox", rank=64)
     for enable_first in (True, False):
         if enable_first:
@@ -311,7 +312,7 @@ def test_more_than_the_projections_is_another_lora(tmp_path):
 def test_four_steps_of_a_model_without_such_a_lora_are_refused(name, changes, tmp_path):
     pipe = CASES[name].build()
     pipe.transformer.register_to_config(**changes)
-    before = state_of(pipe)
+    before = snapshot(pipe)
     with pytest.raises(
         ValueError, match=r"no LoRA for few steps for this pipeline, only for CogVideo_5b, Wan2\.1_1\.3b"
     ):
@@ -328,7 +329,7 @@ def test_loading_it_into_a_running_pipeline_is_refused(tmp_path):
             load_psa_lora(pipeline, path)
         return kwargs
 
-    before = state_of(pipe)
+    before = snapshot(pipe)
     CASES["cogvideox"].run(pipe, callback_on_step_end=callback)
     assert pipe.transformer.transformer_blocks[0].attn1.to_q in before["modules"]
 
@@ -336,7 +337,7 @@ def test_loading_it_into_a_running_pipeline_is_refused(tmp_path):
 def test_a_failure_in_the_second_expert_takes_it_out_of_the_first(tmp_path, monkeypatch):
     name = "wan2.2-a14b"
     pipe = CASES[name].build()
-    before = state_of(pipe)
+    before = snapshot(pipe)
     weights = lora_weights(name) | lora_weights(name, prefix="transformer_2")
     save_file(weights, tmp_path / "both.safetensors")
     monkeypatch.setattr(pipe.transformer_2, "load_lora_adapter", None)  # not callable: fails in the middle
@@ -431,7 +432,7 @@ def test_one_of_two_fused_adapters_can_be_taken_out(tmp_path):
 def test_a_file_for_each_expert(tmp_path):
     name = "wan2.2-a14b"
     pipe = CASES[name].build()
-    before = state_of(pipe)
+    before = snapshot(pipe)
     save_file(lora_weights(name), tmp_path / "high.safetensors")
     save_file(lora_weights(name, seed=2), tmp_path / "low.safetensors")
     load_psa_lora(pipe, tmp_path / "high.safetensors")

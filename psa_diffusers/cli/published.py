@@ -1,6 +1,10 @@
 """The choice of levels published with PSA for CogVideoX, which ours is held against."""
 
-from psa_diffusers.presets.schema import PSAPreset
+from __future__ import annotations
+
+from psa_diffusers.presets import PSAPreset
+
+__all__ = ["published_choice"]
 
 _RATIOS = ((1, 0.10), (2, 0.15), (8, 0.35), (0, 1.0))
 _DENSITY = 0.15
