@@ -79,12 +79,12 @@ def psa_attention(
     grid = checked_grid(q, grid, text_tokens)
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
     if return_schedule or schedule is not None or needs_grad(q, k, v):
-        out, schedule = _run(q, k, v, preset_of_key(key), grid, text_tokens, text_first, scale, backend, schedule)
+        out, schedule = _flow(q, k, v, preset_of_key(key), grid, text_tokens, text_first, scale, backend, schedule)
         return (out, schedule) if return_schedule else out
     return _psa_op(q, k, v, key, list(grid), text_tokens, text_first, scale, backend)
 
 
-def _run(
+def _flow(
     q: Tensor, k: Tensor, v: Tensor, preset: PSAPreset, grid: Grid, text_tokens: int, text_first: bool,
     scale: float, backend: str, schedule: Schedule | None = None,
 ) -> tuple[Tensor, Schedule]:  # fmt: skip
@@ -300,7 +300,7 @@ def _psa_op(
 ) -> Tensor:  # fmt: skip
     frames, height, width = grid
     place = ((frames, height, width), text_tokens, text_first)
-    return _run(q, k, v, preset_of_key(preset_key), *place, scale, backend)[0]
+    return _flow(q, k, v, preset_of_key(preset_key), *place, scale, backend)[0]
 
 
 @_psa_op.register_fake
