@@ -130,10 +130,31 @@ def test_import_costs_little_beyond_torch_and_diffusers(tmp_path):
         "import torch, diffusers\n"
         "theirs = time.process_time()\n"
         "import psa_diffusers\n"
-        "print((time.process_time() - theirs) / (theirs - start))"
+        "ours = time.process_time()\n"
+        "print(ours - theirs, (ours - theirs) / (theirs - start))"
     )
-    share = float(run_python(code, cwd=tmp_path, path=ROOT)[0])
+    seconds, share = map(float, run_python(code, cwd=tmp_path, path=ROOT)[0].split())
     assert share < 0.1
+    assert seconds <= 0.3
+
+
+def test_no_import_finder_is_left_when_the_pipelines_are_loaded(tmp_path):
+    code = (
+        "import sys\n"
+        "def finders():\n"
+        "    kinds = (finder if isinstance(finder, type) else type(finder) for finder in sys.meta_path)\n"
+        "    return sum(kind.__module__.split('.')[0] == 'psa_diffusers' for kind in kinds)\n"
+        "import psa_diffusers\n"
+        "assert 'diffusers.pipelines.pipeline_utils' not in sys.modules, 'that would cost every import a second'\n"
+        "before = finders()\n"
+        "from diffusers import DiffusionPipeline, ModularPipeline\n"
+        "after = finders()\n"
+        "print(before, after, *(hasattr(kind, 'set_attn_processor') for kind in (DiffusionPipeline, ModularPipeline)))"
+    )
+    before, after, *added = run_python(code, cwd=tmp_path, path=ROOT)[0].split()
+    assert int(before) <= 1
+    assert int(after) == 0
+    assert added == ["True", "True"]
 
 
 def test_import_works_without_triton(tmp_path):
