@@ -1,4 +1,4 @@
-"""Shared by all tests: a seeded generator, and the two rings that not every process can run."""
+"""Shared by all tests: fixtures, and the two rings that not every process can run."""
 
 import os
 
@@ -27,3 +27,19 @@ def pytest_collection_modifyitems(items):
 def rng():
     """The only source of randomness of a test; the global generator stays as it is."""
     return torch.Generator().manual_seed(0)
+
+
+@pytest.fixture
+def no_gradients():
+    """For modules whose pipelines only run."""
+    with torch.no_grad():
+        yield
+
+
+@pytest.fixture
+def watch(monkeypatch):
+    """What self-attentions really did."""
+    # not at the top: tests of the operation alone need no diffusers
+    from watch import Watch
+
+    return Watch(monkeypatch)

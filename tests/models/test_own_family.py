@@ -19,6 +19,8 @@ from psa_diffusers.models import registry
 PAGE = Path(__file__).parents[2] / "docs" / "developer" / "adding_a_model.md"
 GRID = (3, 5, 7)
 
+pytestmark = pytest.mark.usefixtures("no_gradients")
+
 
 class DenseProcessor:
     def __call__(self, attn, hidden_states, attention_mask=None):
@@ -72,12 +74,6 @@ class VideoPipeline(DiffusionPipeline):
         for timestep in self.scheduler.timesteps:
             latents = self.scheduler.step(self.transformer(latents, timestep), timestep, latents).prev_sample
         return latents
-
-
-@pytest.fixture(autouse=True)
-def _no_gradients():
-    with torch.no_grad():
-        yield
 
 
 @pytest.fixture

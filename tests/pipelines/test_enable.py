@@ -1,4 +1,4 @@
-"""The contract of a guest, on small real pipelines. What every family must pass is in test_families.py."""
+"""The contract of a guest, on small real pipelines. What every family must pass is in tests/models/test_families.py."""
 
 import functools
 import gc
@@ -15,8 +15,9 @@ import torch
 from diffusers import CogVideoXVideoToVideoPipeline, DDPMPipeline, DDPMScheduler, UNet2DModel
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from forwards import assert_as_close, captured_inputs, forward_in_float64
-from tiny import CASES, TINY_PRESET
-from watch import Watch, expected_steps
+from guests import attentions, enable, one_of_each
+from tiny import CASES
+from watch import expected_steps
 
 from psa_diffusers.models.registry import families, family_of, find_family, register_family
 from psa_diffusers.pipelines.enable import disable_psa, enable_psa
@@ -24,32 +25,12 @@ from psa_diffusers.pipelines.report import psa_report
 from psa_diffusers.pipelines.state import state_of
 from psa_diffusers.presets import PSAPreset
 
+pytestmark = pytest.mark.usefixtures("no_gradients")
 LAYERS = 2
-one_of_each = pytest.mark.parametrize("name", ["cogvideox", "wan2.1"])
-
-
-@pytest.fixture
-def watch(monkeypatch):
-    return Watch(monkeypatch)
-
-
-@pytest.fixture(autouse=True)
-def _no_gradients():
-    with torch.no_grad():
-        yield
 
 
 def build(name):
     return CASES[name].build()
-
-
-def enable(pipe, **kwargs):
-    return enable_psa(pipe, **{**TINY_PRESET, **kwargs})
-
-
-def attentions(pipe):
-    denoisers = [part for part in (pipe.transformer, getattr(pipe, "transformer_2", None)) if part is not None]
-    return [module for part in denoisers for module in part.modules() if hasattr(module, "processor")]
 
 
 def calls_a_step(name, guidance=True):
@@ -147,10 +128,10 @@ def test_a_denoiser_alone_is_refused_with_the_way_to_do_it():
 )
 def test_a_wrong_choice_is_refused_and_changes_nothing(arguments, expected, message):
     pipe = build("wan2.1")
-    before, cls = [attention.processor for attention in attentions(pipe)], type(pipe)
+    before, cls = [attention.processor for _, attention in attentions(pipe)], type(pipe)
     with pytest.raises(expected, match=message):
         enable_psa(pipe, **arguments)
-    assert [attention.processor for attention in attentions(pipe)] == before
+    assert [attention.processor for _, attention in attentions(pipe)] == before
     assert type(pipe) is cls
     assert not pipe.transformer._forward_pre_hooks
 
@@ -744,7 +725,8 @@ def test_a_size_without_a_section_gets_the_nearest_and_the_report_says_so():
     denoiser = config_of(num_attention_heads=40, num_layers=40, patch_size_t=None)
     assert row.section_of(denoiser) == ("CogVideo_5b", False)
     pipe = enable(build("wan2.2-5b"), report=True)
-    assert "section Wan2.2_5B, the nearest one: no section was made for 2 heads" in state_of(pipe).switch.run.recorder.title
+    title = state_of(pipe).switch.run.recorder.title
+    assert "section Wan2.2_5B, the nearest one: no section was made for 2 heads" in title
 
 
 def test_enabling_logs_one_line(caplog):

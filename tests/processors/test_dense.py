@@ -5,6 +5,7 @@ import threading
 import pytest
 import torch
 import torch.nn.functional as F
+from guests import one_of_each
 from tiny import CASES, TINY_PRESET
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -12,13 +13,7 @@ from psa_diffusers.pipelines.enable import disable_psa, enable_psa
 from psa_diffusers.processors import dense
 
 FASTEST = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-one_of_each = pytest.mark.parametrize("name", ["cogvideox", "wan2.1"])
-
-
-@pytest.fixture(autouse=True)
-def _no_gradients():
-    with torch.no_grad():
-        yield
+pytestmark = pytest.mark.usefixtures("no_gradients")
 
 
 @pytest.fixture

@@ -11,6 +11,7 @@ import torch
 from budget import assert_within_budget
 from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 from forwards import captured_inputs
+from guests import one_of_each
 from tiny import ALL_CASES, CASES, TINY_PRESET
 
 from psa_diffusers import PSAPreset, PSAProcessor, psa_attention
@@ -21,21 +22,17 @@ from psa_diffusers.ops.types import Schedule
 from psa_diffusers.pipelines.enable import disable_psa, enable_psa
 from psa_diffusers.pipelines.report import psa_report
 from psa_diffusers.pipelines.state import state_of
+from psa_diffusers.processors import run
 from psa_diffusers.processors import sparse as processor
 from psa_diffusers.processors.reuse import MOST_BRANCHES, KeptSchedules
 
-pytestmark = [  # of Mochi and of schedulers
+pytestmark = [
+    pytest.mark.usefixtures("no_gradients"),
+    # of Mochi and of schedulers
     pytest.mark.filterwarnings("ignore:In CPU autocast"),
     pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy keyword:DeprecationWarning"),
 ]
-one_of_each = pytest.mark.parametrize("name", ["cogvideox", "wan2.1"])
 SMALL = PSAPreset(block_size={"m": 16, "n": 16}, mask_ratios=TINY_PRESET["mask_ratios"], key_variance=True)
-
-
-@pytest.fixture(autouse=True)
-def _no_gradients():
-    with torch.no_grad():
-        yield
 
 
 @pytest.fixture
@@ -449,7 +446,7 @@ def test_while_a_cuda_graph_is_captured_nothing_is_kept_or_used(bare, monkeypatc
     given, text = [], texts()[0]
     for timestep, is_captured in [(9.0, True), (8.0, False), (7.0, True)]:
         # of the queries: the clock goes on reading the timestep, which no graph lets it
-        monkeypatch.setattr(processor, "_is_captured", lambda x, now=is_captured: now and getattr(x, "ndim", 0) == 4)
+        monkeypatch.setattr(processor, "is_captured", lambda x, now=is_captured: now and getattr(x, "ndim", 0) == 4)
         given.append(bare(timestep, text)["given"])
     assert given == [None] * 3
     assert caplog.text.count("a CUDA graph is being captured") == 1
@@ -459,7 +456,7 @@ def test_while_a_cuda_graph_is_captured_nothing_is_kept_or_used(bare, monkeypatc
 def test_a_timestep_in_a_graph_that_is_captured_is_not_read_and_that_is_said(monkeypatch, caplog):
     pipe = enable_psa(CASES["wan2.1"].build(), PSAPreset(**TINY_PRESET), warmup_steps=1)
     inputs = captured_inputs(pipe, "wan2.1", steps=1, guidance=1.0)[0]
-    monkeypatch.setattr(processor, "_is_captured", lambda x: getattr(x, "ndim", 0) == 1)
+    monkeypatch.setattr(run, "is_captured", lambda x: getattr(x, "ndim", 0) == 1)
     clock = state_of(pipe).switch.run.clock
     for timestep in (900, 800):
         pipe.transformer(**{**inputs, "timestep": torch.tensor([timestep])})

@@ -7,8 +7,9 @@ import pytest
 import tiny
 import torch
 from diffusers.models.transformers.transformer_wan import WanAttnProcessor
+from guests import denoisers
 from tiny import CASES, TINY_PRESET
-from watch import Watch, expected_steps
+from watch import expected_steps
 
 from psa_diffusers.pipelines.enable import disable_psa, enable_psa
 from psa_diffusers.pipelines.report import psa_report
@@ -16,22 +17,8 @@ from psa_diffusers.presets import PSAPreset, load_preset
 from psa_diffusers.processors.base import FamilyProcessor
 from psa_diffusers.processors.standalone import PSAProcessor
 
+pytestmark = pytest.mark.usefixtures("no_gradients")
 CHOICE = {**TINY_PRESET, "warmup_steps": 1}
-
-
-@pytest.fixture
-def watch(monkeypatch):
-    return Watch(monkeypatch)
-
-
-@pytest.fixture(autouse=True)
-def _no_gradients():
-    with torch.no_grad():
-        yield
-
-
-def denoisers(pipe):
-    return [part for part in (pipe.transformer, getattr(pipe, "transformer_2", None)) if part is not None]
 
 
 # on a pipeline

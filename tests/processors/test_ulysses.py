@@ -27,24 +27,24 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-@pytest.fixture(scope="module")
-def found(tmp_path_factory):
-    """What each process got. They run once for all tests: starting them is what takes long."""
-    folder = tmp_path_factory.mktemp("ulysses")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={RANKS}"]
-    environment = {
-        **os.environ,
-        "HF_HUB_OFFLINE": "1",
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
-    }
-    done = subprocess.run(
-        [*command, ROOT / "tests" / "processors" / "ulysses_worker.py", folder],
-        env=environment,
+def torchrun(*program):
+    """Run a program in as many processes as there are ranks, with the package and the tests' helpers on its path."""
+    places = [str(ROOT), str(ROOT / "tests" / "support"), os.environ.get("PYTHONPATH", "")]
+    environment = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(places)}
+    return subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={RANKS}", *program],
+        env={**os.environ, **environment},
         capture_output=True,
         text=True,
         timeout=600,
     )
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    """What each process got. They run once for all tests: starting them is what takes long."""
+    folder = tmp_path_factory.mktemp("ulysses")
+    done = torchrun(ROOT / "tests" / "processors" / "ulysses_worker.py", folder)
     assert done.returncode == 0, done.stderr
     return [torch.load(folder / f"rank{rank}.pt", weights_only=False) for rank in range(RANKS)]
 
@@ -146,29 +146,9 @@ def test_equal_costs_are_dealt_in_order():
 
 def test_the_benchmark_runs(tmp_path):
     """Whether the program works; the times of a test mean nothing."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={RANKS}"]
     options = ["--shape", "smoke", "--device", "cpu", "--dtype", "float32", "--backend", "native", "--layers", "1"]
-    done = subprocess.run(
-        [
-            *command,
-            "-m",
-            "scripts.benchmarks.parallel",
-            *options,
-            "--repeats",
-            "1",
-            "--json",
-            tmp_path / "x.jsonl",
-        ],
-        env={
-            **os.environ,
-            "HF_HUB_OFFLINE": "1",
-            "OMP_NUM_THREADS": "1",
-            "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
-        },
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
+    program = ["-m", "scripts.benchmarks.parallel", *options, "--repeats", "1", "--json", tmp_path / "x.jsonl"]
+    done = torchrun(*program)
     assert done.returncode == 0, done.stderr
     lines = [json.loads(line) for line in (tmp_path / "x.jsonl").read_text().splitlines()]
     assert [line["attention"] for line in lines] == [

@@ -10,6 +10,7 @@ from collections import Counter
 from typing import Any
 
 import pytest
+from guests import denoisers
 
 from psa_diffusers.models import families
 from psa_diffusers.processors import base as ours
@@ -59,11 +60,10 @@ class Watch:
             pipe: The pipeline.
             attentions: Regular expression of the paths of the video self-attentions.
         """
-        for denoiser in (pipe.transformer, getattr(pipe, "transformer_2", None)):
-            if denoiser is not None:
-                denoiser.register_forward_pre_hook(self._read_timestep, with_kwargs=True)
-                modules = denoiser.named_modules()
-                self._attentions |= {module for path, module in modules if re.fullmatch(attentions, path)}
+        for denoiser in denoisers(pipe):
+            denoiser.register_forward_pre_hook(self._read_timestep, with_kwargs=True)
+            modules = denoiser.named_modules()
+            self._attentions |= {module for path, module in modules if re.fullmatch(attentions, path)}
 
     def steps(self) -> list[Counter]:
         """Calls of each kind in each denoising step, of everything since the last `clear`."""

@@ -34,7 +34,7 @@ def hunyuan_video_vae() -> Any:
         latent_channels=4,
         down_block_types=("HunyuanVideoDownBlock3D",) * 4,
         up_block_types=("HunyuanVideoUpBlock3D",) * 4,
-        block_out_channels=(8, 8, 8, 8),
+        block_out_channels=(4, 4, 4, 4),
         layers_per_block=1,
         norm_num_groups=4,
         spatial_compression_ratio=8,

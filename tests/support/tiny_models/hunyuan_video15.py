@@ -32,7 +32,7 @@ def hunyuan_video15(
         vae=seeded(
             diffusers.AutoencoderKLHunyuanVideo15,
             latent_channels=4,
-            block_out_channels=(32, 32, 32, 32, 32),
+            block_out_channels=(16, 16, 16, 16, 16),
             layers_per_block=1,
         ),
         scheduler=FlowMatchEulerDiscreteScheduler(shift=7.0),
