@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from command_options import SIZE, SMALL
 from lora_files import lora_file
 
 from psa_diffusers import PSAPreset, load_preset
@@ -23,16 +24,6 @@ from scripts.miniature import measure, world
 from scripts.miniature.small_cogvideox import make_small_cogvideox
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "generate.py"
-SIZE = ["--width", "64", "--height", "64", "--num_frames", "9", "--num_inference_steps", "3"]
-SMALL = [
-    "--attention_preset",
-    "psa_balanced",
-    "--set",
-    "block_size.m=16",
-    "block_size.n=16",
-    "block_size.tile_n=16",
-    "warmup_steps=1",
-]
 PROMPTS = ["a red ball rolls", "two foxes in the snow"]
 
 # imageio-ffmpeg reads the size of a file from ffmpeg's output and leaves the pipe to the garbage collector

@@ -15,6 +15,7 @@ import numpy as np
 import psutil
 import pytest
 import tiny
+from command_options import SIZE, SMALL
 
 from psa_diffusers.cli import worklist
 from psa_diffusers.cli.worklist import share_out
@@ -176,16 +177,6 @@ def test_a_claim_shows_signs_of_life(tmp_path, monkeypatch):
 
 
 PROMPTS = ["a red ball rolls", "two foxes in the snow", "rain on a window", "a ship at night", "a clock"]
-SIZE = ["--width", "64", "--height", "64", "--num_frames", "9", "--num_inference_steps", "3"]
-SMALL = [
-    "--attention_preset",
-    "psa_balanced",
-    "--set",
-    "block_size.m=16",
-    "block_size.n=16",
-    "block_size.tile_n=16",
-    "warmup_steps=1",
-]
 
 
 @pytest.fixture(scope="module")
