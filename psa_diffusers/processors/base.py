@@ -77,6 +77,10 @@ class FamilyProcessor(SparseCalls):
     def _parallel_config(self, config: Any) -> None:
         self.original._parallel_config = config
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copy, or a pickle, is the processor that was found here: a copied denoiser has no switch and runs dense."""
+        return _same, (self.original,)
+
     def process(self, attn: nn.Module, *args: Any, **kwargs: Any) -> Any:
         """Run one call of the attention.
 
@@ -115,7 +119,14 @@ class FamilyProcessor(SparseCalls):
         """Return the attention's output ``[B, H, L, D]``. Text and context are taken to stand where the family says."""
         text = given["encoder_hidden_states"].shape[1] if self.text_in_sequence else 0
         context = self.context_tokens(given["hidden_states"]) if self.has_context else 0
-        return self.sparse(q, k, v, text_tokens=text + context)
+        first = self.site.context
+        if first is None or first == (context if self.site.family.text_first else 0):
+            return self.sparse(q, k, v, text_tokens=text + context)
+        # the grid begins somewhere between: what stands behind it comes in front, or the other way round
+        length = q.shape[2]
+        turn = length - context + first if self.site.family.text_first else first
+        out = self.sparse(*(x.roll(-turn, 2) for x in (q, k, v)), text_tokens=text + context)
+        return out.roll(turn, 2)
 
     def put_out(self, attn: nn.Module, out: Tensor, given: Mapping[str, Any]) -> Any:
         """Return what the upstream processor returns, from the output ``[B, H, L, D]`` of the attention."""
@@ -139,8 +150,13 @@ class FamilyProcessor(SparseCalls):
             return "PSA is off"
         if self.preset.type == "dense":
             return "the preset is dense" if run.preset.type == "dense" else "the preset is dense here"
-        if run.clock.dense:
-            return run.clock.reason
+        if not site.is_running:
+            return (
+                "no forward of its denoiser is running: call the denoiser, not its forward, and give every denoiser "
+                "processors of its own"
+            )
+        if site.dense:
+            return site.dense
         if _scores_are_skipped(attn):
             return "perturbed attention guidance replaces its attention"
         if attention_mask is not None:
@@ -154,8 +170,11 @@ class FamilyProcessor(SparseCalls):
         expected = frames * height * width
         if parallel is not None:
             expected, context = ulysses.local_tokens(parallel, expected), False
-        if hidden_states.shape[1] != expected and not (context and self.context_tokens(hidden_states)):
-            return f"{hidden_states.shape[1]} video tokens do not fill the grid {frames} x {height} x {width}"
+        tokens = hidden_states.shape[1]
+        if tokens != expected and not (context and self.context_tokens(hidden_states)):
+            return f"{tokens} video tokens do not fill the grid {frames} x {height} x {width}"
+        if 2 * expected < tokens:
+            return f"the grid {frames} x {height} x {width} is less than half of the {tokens} video tokens"
         if hidden_states.dtype not in DTYPES:
             return f"the dtype {hidden_states.dtype} is not supported"
         if site.family.read_text is not None:
@@ -189,12 +208,18 @@ class FamilyProcessor(SparseCalls):
         run = self.site.run
         if not run.is_on:
             return self.original(attn, *args, **kwargs)
+        if not torch.compiler.is_compiling():
+            run.count_dense(reason)
         if run.recorder is not None:
             self._note("dense", Measured(reason), tokens, self.site.grid)
-        if not run.clock.dense and self.preset.type != "dense":
+        if not self.site.dense and self.preset.type != "dense":
             run.say(reason, self.layer)
         with fastest_dense(args[0] if args else kwargs["hidden_states"]):
             return self.original(attn, *args, **kwargs)
+
+
+def _same(processor: Any) -> Any:
+    return processor
 
 
 def project_out(attn: nn.Module, out: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from psa_diffusers.presets import preset_of_key
 from psa_diffusers.processors import ulysses
 from psa_diffusers.processors.recorder import Measured
 from psa_diffusers.processors.reuse import Branch
-from psa_diffusers.processors.run import Site, is_captured
+from psa_diffusers.processors.run import Run, Site, is_captured
 
 
 class Place(NamedTuple):
@@ -103,6 +103,7 @@ class SparseCalls:
                 self._say_new(why_new)
             # one graph for texts of any length: what depends on the length stands inside the operator
             q, k = q.to(v.dtype), k.to(v.dtype)
+            self._count()
             return _padded_op(q, k, v, text_lengths, self.preset.key, list(grid), text_tokens)
 
         all_measured: list[Measured | None] = []
@@ -147,6 +148,7 @@ class SparseCalls:
         """Return what attention gives, and what there is to record if anybody asks."""
         # autocast keeps norms in float32; dense attention would cast back as well
         q, k = q.to(v.dtype), k.to(v.dtype)
+        self._count()
         if self.tap is not None:
             self.tap(q, k, v, place)
             return v, None  # of the right shape; what follows from it is thrown away
@@ -197,6 +199,12 @@ class SparseCalls:
         shape = (q.shape, q.dtype, q.device, self.preset.key, place.grid, place.text_tokens, place.text_first)
         return branch.attend(self.layer, shape, lambda schedule: attention(schedule=schedule))
 
+    def _count(self) -> None:
+        if torch.compiler.is_compiling():
+            _note_compiled(self.site.run)
+        else:
+            self.site.run.ran_sparse = True
+
     def _measure(self, schedule: Schedule, is_kept: bool, why_new: str) -> Measured | None:
         return None if self.site.run.recorder is None else Measured(why_new, schedule.density(), is_kept)
 
@@ -223,6 +231,12 @@ class SparseCalls:
 
 def _arguments(place: Place) -> dict[str, Any]:
     return {"grid": place.grid, "text_tokens": place.text_tokens, "text_first": place.text_first}
+
+
+@torch.compiler.assume_constant_result  # runs while torch compiles, not in compiled code
+def _note_compiled(run: Run) -> bool:
+    run.ran_compiled = True
+    return True
 
 
 @torch.compiler.assume_constant_result  # runs while torch compiles, not in compiled code

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import weakref
+from functools import partial
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import torch
 from torch import nn
 
 from psa_diffusers.models.registry import attention_paths, find_family, supported
-from psa_diffusers.pipelines.host import running_module
+from psa_diffusers.pipelines.host import add_hooks, running_module
 from psa_diffusers.presets import PSAPreset
 from psa_diffusers.processors.base import signature_of
 from psa_diffusers.processors.choice import check_choice, resolve_preset
@@ -85,6 +86,10 @@ class PSAProcessor:
         self._processors: weakref.WeakKeyDictionary[nn.Module, Any] = weakref.WeakKeyDictionary()
         self._num_denoisers = 0
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copy serves the copied denoiser, by a clock and records of its own."""
+        return partial(PSAProcessor, self.preset, config=self.config, report=self.report, **self.overrides), ()
+
     @property
     def recorders(self) -> list[Recorder]:
         """Recorders of the denoisers served, for `psa_report`."""
@@ -108,7 +113,10 @@ class PSAProcessor:
         denoiser, args, kwargs = _running_denoiser(attn)
         family = find_family(denoiser)
         preset, title = resolve_preset(self.preset, self.config, self.overrides, family=family, denoiser=denoiser)
-        run = self._runs.get(preset) or self._runs.setdefault(preset, Run(preset, title, report=self.report))
+        is_given = "warmup_steps" in self.overrides or isinstance(self.preset, PSAPreset)
+        run = self._runs.get(preset)
+        if run is None or not run.is_on:
+            run = self._runs[preset] = Run(preset, title, report=self.report, follows=not is_given)
         self._num_denoisers += 1
         suffix = "" if self._num_denoisers == 1 else f" {self._num_denoisers}"
         site = Site(type(denoiser).__name__ + suffix, denoiser, family, run)
@@ -121,20 +129,19 @@ class PSAProcessor:
             original = family.default_processor(denoiser, path, part)
             self._processors[part] = family.processor(path, original, site) if path in sparse else original
 
-        home = weakref.ref(denoiser)
-
         def before_forward(denoiser: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-            if home() is not denoiser:
-                return  # a deep copy has our hook, but processors of its own
             if any(part.processor is self for part in ours):
                 site.before_forward(denoiser, args, kwargs)
                 return
-            handle.remove()  # the user has set other processors since
-            run.kept.clear()
+            for handle in handles:  # the user has set other processors since
+                handle.remove()
             for part in ours:
                 self._processors.pop(part, None)
+            run.kept.clear()
+            if not self._processors:
+                run.switch_off()
 
-        handle = denoiser.register_forward_pre_hook(before_forward, with_kwargs=True)
+        handles = add_hooks(denoiser, before_forward, site.after_forward)
         before_forward(denoiser, args, kwargs)
         logger.info("%s, in the self-attentions of %s", title, site.name)
         return self._processors[attn]
