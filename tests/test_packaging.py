@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+import psa_diffusers
+
 ROOT = Path(__file__).parent.parent
 WEIGHTS = ROOT / "psa_diffusers" / "weights"
 
@@ -181,3 +183,8 @@ def test_constraints_pin_every_requirement_without_naming_a_host():
     }
     assert {"torch", "diffusers", "omegaconf", "pytest"} <= required
     assert required <= pinned
+
+
+def test_the_reference_has_every_public_name_once():
+    pages = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "docs" / "reference").glob("*.md"))
+    assert sorted(re.findall(r"^::: psa_diffusers\.(\w+)$", pages, re.M)) == sorted(psa_diffusers.__all__)

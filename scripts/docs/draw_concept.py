@@ -1,6 +1,6 @@
 """Draw the figures of docs/developer/concept.md, one a stage, from the recorded head in docs/data.
 
-python scripts/draw_concept.py [--output docs/figures]
+python -m scripts.docs.draw_concept [--output docs/figures]
 """
 
 import argparse
@@ -18,12 +18,14 @@ from psa_diffusers.ops.layout import make_layout
 from psa_diffusers.ops.orders import video_order
 from psa_diffusers.ops.reference import block_importance, build_pyramid
 
+from ..benchmarks.mixes import COVER, PUBLISHED
+
 ROOT = Path(__file__).resolve().parents[2]
 GRID = (12, 16, 16)
 SCALE = 64**-0.5
-PUBLISHED = PSAPreset(mask_ratios={1: [0, 0.1], 2: [0.1, 0.15], 8: [0.15, 0.35], 0: [0.35, 1]})
-COVER = PSAPreset(
-    mask_ratios={1: [0, 0.06], 2: [0.06, 0.1], 4: [0.1, 0.2], 8: [0.2, 0.3], 16: [0.3, 0.4], 32: [0.4, 1]},
+PUBLISHED_PRESET = PSAPreset(mask_ratios=PUBLISHED)
+COVER_PRESET = PSAPreset(
+    mask_ratios=COVER,
     rearrange_method="boxes",
     key_variance=True,
     value_tilt=True,
@@ -124,11 +126,11 @@ def draw_error(q, k, v, save):
     dense = F.scaled_dot_product_attention(q, k, v)
     figure, axis = plt.subplots(figsize=(6.5, 3.4), layout="constrained")
     variants = {
-        "published preset": PUBLISHED,
-        "full cover": COVER.replace(key_variance=False, value_tilt=False),
-        "full cover + key variance": COVER.replace(value_tilt=False),
-        "full cover + value tilt": COVER.replace(key_variance=False),
-        "full cover + both": COVER,
+        "published preset": PUBLISHED_PRESET,
+        "full cover": COVER_PRESET.replace(key_variance=False, value_tilt=False),
+        "full cover + key variance": COVER_PRESET.replace(value_tilt=False),
+        "full cover + value tilt": COVER_PRESET.replace(key_variance=False),
+        "full cover + both": COVER_PRESET,
     }
     for name, preset in variants.items():
         out, schedule = psa_attention(q, k, v, preset, grid=GRID, return_schedule=True)
@@ -153,7 +155,7 @@ def main():
     q, k, v = (x.float() for x in (load_file(ROOT / "docs/data/trained_head.safetensors")[name] for name in "qkv"))
     schedules = {
         name: psa_attention(q, k, v, preset, grid=GRID, return_schedule=True)[1]
-        for name, preset in (("published", PUBLISHED), ("full cover", COVER))
+        for name, preset in (("published", PUBLISHED_PRESET), ("full cover", COVER_PRESET))
     }
     draw_order(save)
     draw_pyramid(k, v, save)

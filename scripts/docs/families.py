@@ -1,6 +1,6 @@
 """Write docs/models.md, the page of the denoiser families, from the registry.
 
-python scripts/write_families.py
+python -m scripts.docs.families
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ PAGE = Path(__file__).parents[2] / "docs" / "models.md"
 
 HEAD = """# Model families
 
-What `enable_psa` knows. `python scripts/write_families.py` writes this page from the registry; a test keeps it current.
+What `enable_psa` knows. `python -m scripts.docs.families` writes this page from the registry; a test keeps it current.
 
 A family is a denoiser architecture. Any pipeline works that has such a denoiser among its components; those of
 diffusers are listed. Text refiners, cross-attention and attention over sound always stay as they are. Whatever the

@@ -4,11 +4,10 @@ A family gets it by a row in its file in tests/support/tiny_models.
 """
 
 import hashlib
-import importlib.util
+import importlib
 import inspect
 import re
 from collections import Counter
-from pathlib import Path
 from types import SimpleNamespace
 
 import diffusers
@@ -23,13 +22,13 @@ from psa_diffusers.pipelines.enable import disable_psa, enable_psa
 from psa_diffusers.pipelines.report import psa_report
 from psa_diffusers.presets import load_preset, load_section
 from psa_diffusers.processors.standalone import PSAProcessor
+from scripts.docs.families import PAGE, page
 
 pytestmark = [
     # Mochi asks for an autocast that CPUs do not have; only numpy and older schedulers know why the other is said
     pytest.mark.filterwarnings("ignore:In CPU autocast"),
     pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy keyword:DeprecationWarning"),
 ]
-ROOT = Path(__file__).parents[2]
 IS_NEWEST = diffusers.__version__.startswith("0.42.")
 """Whether this is the newest diffusers that pyproject.toml allows; older ones have fewer families."""
 each_case = pytest.mark.parametrize("name", ALL_CASES)
@@ -420,10 +419,7 @@ def test_this_diffusers_has_every_pipeline():
 
 
 def test_the_page_is_what_the_registry_says():
-    spec = importlib.util.spec_from_file_location("write_families", ROOT / "scripts" / "write_families.py")
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
-    assert script.PAGE.read_text(encoding="utf-8") == script.page(), "run python scripts/write_families.py"
+    assert PAGE.read_text(encoding="utf-8") == page(), "run python -m scripts.docs.families"
 
 
 @pytest.mark.parametrize("family", families(), ids=lambda family: family.name)
