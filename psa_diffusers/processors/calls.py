@@ -31,7 +31,6 @@ class Listener:
         pipe: The pipeline. Only a weak reference is held.
         run: Who is told.
         before: Called with the pipeline before each of its calls.
-        methods: More that the subclass overrides.
     """
 
     def __init__(
@@ -39,15 +38,13 @@ class Listener:
         pipe: Any,
         run: Run,
         before: Callable[[Any], None] | None = None,
-        methods: dict[str, Any] | None = None,
     ) -> None:
         self.run = run
         self.before = before
         self._pipe = weakref.ref(pipe)
-        cls = type(pipe)
-        self._below: Any = cls.__call__
+        cls: Any = type(pipe)
         self._parameters = inspect.signature(cls.__call__)
-        overridden = {"__call__": self._make_call(), **(methods or {})}
+        overridden = {"__call__": self._make_call(cls)}
         if hasattr(cls, "progress_bar"):
             overridden["progress_bar"] = self._make_progress_bar(cls)
         if not hasattr(cls, _STEP):
@@ -65,18 +62,19 @@ class Listener:
         """Whether it is this pipeline, and not another one of its class, and we still listen."""
         return self._subclass is not None and self._pipe() is pipe
 
-    def _make_call(self) -> Any:
-        below, listener = self._below, self
+    def _make_call(self, cls: Any) -> Any:
+        listener = self
 
-        @functools.wraps(below)
+        # looked up in each call: others (cache-dit) exchange methods of the class
+        @functools.wraps(cls.__call__)
         def __call__(pipe: Any, *args: Any, **kwargs: Any) -> Any:
             if not listener._hears(pipe):
-                return below(pipe, *args, **kwargs)
+                return cls.__call__(pipe, *args, **kwargs)
             if listener.before is not None:
                 listener.before(pipe)
             with listener.run.call_of(pipe):
                 args, kwargs = listener._add_callback(pipe, args, kwargs)
-                return below(pipe, *args, **kwargs)
+                return cls.__call__(pipe, *args, **kwargs)
 
         return __call__
 
@@ -93,16 +91,15 @@ class Listener:
         bound.arguments[name] = _join(bound.arguments.get(name), self.run.clock)
         return bound.args[1:], bound.kwargs
 
-    def _make_progress_bar(self, cls: type) -> Any:
-        below: Any = cls.progress_bar  # type: ignore[attr-defined]
+    def _make_progress_bar(self, cls: Any) -> Any:
         listener = self
 
-        @functools.wraps(below)
+        @functools.wraps(cls.progress_bar)
         def progress_bar(pipe: Any, *args: Any, **kwargs: Any) -> Any:
             if listener._hears(pipe):
                 iterable = args[0] if args else kwargs.get("iterable")
                 listener.run.clock.begin_loop(len(iterable) if hasattr(iterable, "__len__") else None)
-            return below(pipe, *args, **kwargs)
+            return cls.progress_bar(pipe, *args, **kwargs)
 
         return progress_bar
 
