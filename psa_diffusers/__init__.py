@@ -9,8 +9,7 @@ docs/developer/concept.md says what is computed.
 """
 
 from psa_diffusers.attention import assign_levels, psa_attention, pyramid_attention
-from psa_diffusers.calibration.calibrate import calibrate
-from psa_diffusers.calibration.record import record_qkv
+from psa_diffusers.calibration import calibrate, record_qkv
 from psa_diffusers.lora.load import load_psa_lora, unload_psa_lora
 from psa_diffusers.models import families  # noqa: F401 - importing them registers them
 from psa_diffusers.models.registry import Family, SectionRule, register_family

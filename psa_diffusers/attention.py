@@ -3,7 +3,7 @@
 import logging
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from importlib.util import find_spec
 from typing import NamedTuple, TypeAlias
@@ -81,7 +81,8 @@ def psa_attention(
     if return_schedule or schedule is not None or needs_grad(q, k, v):
         out, schedule = _flow(q, k, v, preset_of_key(key), grid, text_tokens, text_first, scale, backend, schedule)
         return (out, schedule) if return_schedule else out
-    return _psa_op(q, k, v, key, list(grid), text_tokens, text_first, scale, backend)
+    attended: Tensor = _psa_op(q, k, v, key, list(grid), text_tokens, text_first, scale, backend)
+    return attended
 
 
 def _flow(
@@ -261,8 +262,9 @@ def _interpreting() -> bool:
 def _load_backend(name: str) -> Backend:
     if name == "torch":
         return reference
-    from psa_diffusers.ops import triton as kernels
+    from psa_diffusers.ops import triton
 
+    kernels: Backend = triton
     return kernels
 
 
@@ -277,10 +279,12 @@ def say_once(message: str) -> None:
     logger.warning(message)
 
 
-# files are read while torch compiles, not by compiled code
-@torch.compiler.assume_constant_result
-def _key_of_name(name: str) -> str:
+def _load_key(name: str) -> str:
     return load_preset("default", name).key
+
+
+# files are read while torch compiles, not by compiled code
+_key_of_name: Callable[[str], str] = torch.compiler.assume_constant_result(_load_key)
 
 
 def _cosine_thresholds(preset: PSAPreset) -> Thresholds:

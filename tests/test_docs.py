@@ -2,7 +2,7 @@
 
 import ast
 import functools
-import importlib.util
+import importlib
 import io
 import json
 import re
@@ -18,7 +18,7 @@ import yaml
 from lora_files import lora_file
 
 import psa_diffusers
-from psa_diffusers.lora import load as lora
+from psa_diffusers.lora import files as lora_source
 from psa_diffusers.presets import list_model_entries, list_presets, load_preset
 
 ROOT = Path(__file__).parents[1]
@@ -32,11 +32,10 @@ def blocks(text, language):
     return re.findall(rf"```{language}\n(.*?)```", text, flags=re.DOTALL)
 
 
-def load_script(name):
-    spec = importlib.util.spec_from_file_location(f"script_{name}", ROOT / "scripts" / f"{name}.py")
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
-    return script
+def parser_of(program):
+    """What reads the options of a program: of a thin script that of the command behind it."""
+    main = importlib.import_module(program).main
+    return importlib.import_module(main.__module__).parse
 
 
 def stand_in(pipeline_class, build, steps=None):
@@ -65,7 +64,9 @@ def test_the_python_examples_run_one_after_the_other(monkeypatch, tmp_path, caps
     # as many heads as the 5b model has: presets are found by the size of the denoiser
     big = functools.partial(tiny.cogvideox, heads=48)
     monkeypatch.setattr(diffusers, "CogVideoXPipeline", stand_in(diffusers.CogVideoXPipeline, big))
-    monkeypatch.setattr(lora, "_local_file", lambda *args: lora_file(tmp_path, "cogvideox", width=48 * 16, rank=64))
+    monkeypatch.setattr(
+        lora_source, "_local_file", lambda *args: lora_file(tmp_path, "cogvideox", width=48 * 16, rank=64)
+    )
     names, seen = {}, []
     for code in blocks(ENGLISH, "python"):
         exec(compile(code, "README.md", "exec"), names)
@@ -96,8 +97,11 @@ def test_the_commands_are_understood(command, capsys):
         assert re.search(rf"^{args[0]}:", (ROOT / "Makefile").read_text(encoding="utf-8"), flags=re.MULTILINE)
         return
     assert program == "python"
-    parse = load_script(Path(args[0]).stem).parse
-    assert (ROOT / args[0]).is_file()
+    if args[0] == "-m":
+        del args[0]
+    else:
+        assert (ROOT / args[0]).is_file()
+    parse = parser_of(args[0].removesuffix(".py").replace("/", "."))
     if "--help" in args:
         with pytest.raises(SystemExit, match=r"^0$"):
             parse(args[1:])
@@ -108,7 +112,7 @@ def test_the_commands_are_understood(command, capsys):
 
 def test_options_in_the_text_exist(capsys):
     with pytest.raises(SystemExit):
-        load_script("generate").parse(["--help"])
+        parser_of("scripts.generate")(["--help"])
     known = set(re.findall(r"--[a-z_]+", capsys.readouterr().out))
     for name, path in PAGES.items():
         text = path.read_text(encoding="utf-8")
@@ -170,6 +174,16 @@ def test_both_readmes_say_as_much():
     assert [len(re.findall(pattern, ENGLISH, re.MULTILINE)) for pattern in ("^##+ ", r"^\|", r"\]\(")] == [
         len(re.findall(pattern, CHINESE, re.MULTILINE)) for pattern in ("^##+ ", r"^\|", r"\]\(")
     ]
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_files_and_modules_in_the_text_exist(page):
+    text = PAGES[page].read_text(encoding="utf-8")
+    files = re.findall(r"(?<![\w./])(?:scripts|tests|psa_diffusers)/[\w/]+(?:\.\w+)?(?![\w<])", text)
+    missing = [name for name in files if not (ROOT / name).exists()]
+    modules = re.findall(r"(?<![\w.])-m (scripts[\w.]*)", text)
+    missing += [name for name in modules if not (ROOT / f"{name.replace('.', '/')}.py").is_file()]
+    assert not missing, f"{page} speaks of {missing}"
 
 
 @pytest.mark.parametrize("page", PAGES)

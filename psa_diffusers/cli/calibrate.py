@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from psa_diffusers.calibration.calibrate import calibrate
+from psa_diffusers.calibration import calibrate
 from psa_diffusers.cli.opening import add_call_options, open_model, read_prompts
 
 __all__ = ["main", "parse"]

@@ -291,7 +291,8 @@ def compare_videos(video: np.ndarray, reference: np.ndarray) -> dict[str, float]
     first, second = (torch.from_numpy(x).permute(0, 3, 1, 2).float() for x in (video, reference))
     error = float((first - second).square().mean())
     psnr = 99.0 if error == 0 else min(99.0, -10 * np.log10(error).item())  # JSON knows no infinity
-    return {"psnr": round(psnr, 2), "ssim": round(float(ssim(first, second, data_range=1.0)), 4)}
+    similarity: Any = ssim(first, second, data_range=1.0)
+    return {"psnr": round(psnr, 2), "ssim": round(float(similarity), 4)}
 
 
 def write_video(path: Path, frames: np.ndarray, fps: int) -> None:

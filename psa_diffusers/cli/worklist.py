@@ -13,7 +13,7 @@ import os
 import platform
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
 
 __all__ = ["share_out"]
@@ -25,7 +25,7 @@ POLL_SECONDS = 1.0
 
 def share_out(
     names: Sequence[str], folder: Path, is_finished: Callable[[str], bool], *, stale_seconds: float = STALE_SECONDS
-) -> Iterator[int]:
+) -> Generator[int, None, None]:
     """Yield the numbers of the pieces that this process is to do, one by one, until all are finished.
 
     The piece that was yielded last must be finished when the next is asked for. Pieces that other processes have

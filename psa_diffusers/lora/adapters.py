@@ -23,7 +23,9 @@ __all__ = [
 def loadable_parts(pipe: Any) -> dict[str, Any]:
     """Return the parts of a pipeline that LoRAs go into, by name, compiled ones unwrapped."""
     parts = {name: getattr(pipe, name, None) for name in pipe._lora_loadable_modules}
-    return {name: unwrap(part) for name, part in parts.items() if hasattr(part, "load_lora_adapter")}
+    return {
+        name: unwrap(part) for name, part in parts.items() if part is not None and hasattr(part, "load_lora_adapter")
+    }
 
 
 def adapters_of(denoiser: Any) -> list[str]:
@@ -58,11 +60,11 @@ def delete_adapter(denoiser: Any, adapter_name: str, active: Sequence[str]) -> N
 
 def fuse_adapters(pipe: Any, component: str, adapter_names: Sequence[str]) -> None:
     """Merge adapters into the weights of one part of a pipeline."""
-    denoiser = getattr(pipe, component)
-    if unwrap(denoiser) is denoiser:
+    denoiser: Any = unwrap(getattr(pipe, component))
+    if denoiser is getattr(pipe, component):
         pipe.fuse_lora(components=[component], adapter_names=list(adapter_names))
     else:  # the pipeline passes over a compiled denoiser
-        unwrap(denoiser).fuse_lora(adapter_names=list(adapter_names))
+        denoiser.fuse_lora(adapter_names=list(adapter_names))
 
 
 def take_out_of_weights(

@@ -44,13 +44,16 @@ def read_lora(
         # offline, older diffusers wants the name of the file; with another ending and a name it would unpickle
         place, name = (path.parent, path.name) if path.suffix == ".safetensors" else (path, None)
     try:
-        return pipe.lora_state_dict(str(place), weight_name=name, use_safetensors=True, return_lora_metadata=True)
+        weights, metadata = pipe.lora_state_dict(
+            str(place), weight_name=name, use_safetensors=True, return_lora_metadata=True
+        )
     except OSError as error:
         raise FileNotFoundError(f"cannot get the LoRA {source!r} ({weight_name or 'any file'}): {error}") from error
     except SafetensorError as error:
         raise ValueError(f"{path or source} is not a safetensors file: {error}") from error
     except KeyError as error:
         raise ValueError(f"{path or source} is not a LoRA that diffusers can read: key {error} is missing") from error
+    return weights, metadata
 
 
 def _local_file(source: str | Path, weight_name: str | None, known: str | None) -> Path | None:

@@ -87,7 +87,7 @@ def load_psa_lora(
         weights = {re.sub(r"^transformer\.", "transformer_2.", key): weight for key, weight in weights.items()}
         metadata = metadata and {re.sub(r"^transformer\.", "transformer_2.", key): metadata[key] for key in metadata}
     modules = check_lora(pipe, weights, source)
-    denoisers = {component: unwrap(getattr(pipe, component)) for component in modules}
+    denoisers: dict[str, Any] = {component: unwrap(getattr(pipe, component)) for component in modules}
     for component, denoiser in denoisers.items():
         if adapter_name in getattr(denoiser, "peft_config", {}):
             raise ValueError(

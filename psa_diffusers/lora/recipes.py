@@ -82,7 +82,10 @@ RECIPES = (
 
 def recipe_for(pipe: Any) -> Recipe | None:
     """Return the recipe of the few-step LoRA for this kind of pipeline, None if there is no such LoRA."""
-    denoiser = unwrap(getattr(pipe, "transformer", None))
+    denoiser = getattr(pipe, "transformer", None)
+    if denoiser is None:
+        return None
+    denoiser = unwrap(denoiser)
     family = find_family(denoiser)
     if family is None or not set(_FOUR_STEPS) <= inspect.signature(type(pipe).__call__).parameters.keys():
         return None

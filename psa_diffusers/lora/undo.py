@@ -45,7 +45,8 @@ class FewStepSetup:
 
 def setup_of(pipe: Any) -> FewStepSetup | None:
     """Return what a few-step LoRA has set in the pipeline, None if it has none."""
-    return state_of(pipe).lora
+    setup: FewStepSetup | None = state_of(pipe).lora
+    return setup
 
 
 def recipe_of(pipe: Any) -> Recipe | None:
@@ -126,7 +127,8 @@ def _give_back(pipe: Any, setup: FewStepSetup) -> None:
     set_state(pipe, lora=None, default_preset=None)
     if pipe.scheduler is setup.scheduler:  # else somebody has chosen another since
         pipe.scheduler = setup.scheduler_before
-    pop_subclass(pipe, setup.subclass)
+    if setup.subclass is not None:
+        pop_subclass(pipe, setup.subclass)
     _switch_on(pipe, psa)
 
 
@@ -144,7 +146,7 @@ def _switch_on(pipe: Any, arguments: dict[str, Any] | None) -> None:
         enable_psa(pipe, **arguments)
 
 
-def _methods(cls: type, recipe: Recipe) -> dict[str, Any]:
+def _methods(cls: Any, recipe: Recipe) -> dict[str, Any]:
     """Methods of a subclass of a pipeline class: defaults of the call, and unloading that gives back everything."""
     signature = inspect.signature(cls.__call__)
 
@@ -161,7 +163,7 @@ def _methods(cls: type, recipe: Recipe) -> dict[str, Any]:
     defaults = [
         each.replace(default=recipe.call.get(name, each.default)) for name, each in signature.parameters.items()
     ]
-    __call__.__signature__ = signature.replace(parameters=defaults)
+    __call__.__signature__ = signature.replace(parameters=defaults)  # type: ignore[attr-defined]
 
     @functools.wraps(cls.unload_lora_weights)
     def unload_lora_weights(self: Any) -> None:

@@ -72,7 +72,7 @@ def make_layout(
     block_m: int,
     block_n: int,
     order: str,
-    tile_size: tuple[int, int, int],
+    tile_size: tuple[int, ...],
     device: torch.device,
 ) -> Layout:
     """Lay out one resolution; cached, so that all layers and steps of a video share one layout.
@@ -84,7 +84,7 @@ def make_layout(
         block_m: Tokens of a query block.
         block_n: Tokens of a key block, a power of two.
         order: Order of the video tokens, one of `psa_diffusers.ops.orders.ORDERS`.
-        tile_size: Tokens of a tile, for the order ``tiles``.
+        tile_size: Tokens of a tile ``(frames, height, width)``, for the order ``tiles``.
         device: Where the index tensors live.
     """
     return _make_layout(

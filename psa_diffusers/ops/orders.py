@@ -227,4 +227,4 @@ def _move(point: tuple[int, int, int], *edges: _Edge) -> tuple[int, int, int]:
     moved = list(point)
     for axis, length in edges:
         moved[axis] += length
-    return tuple(moved)
+    return moved[0], moved[1], moved[2]

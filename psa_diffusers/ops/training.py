@@ -91,8 +91,8 @@ def attend(
     reads = bias.amax(-1) > -torch.inf
     bias = torch.where(reads[..., None], bias, 0)
     dim, num_pooled = q.shape[-1], len(pyramid.factors) - 1
-    has_tilt = pyramid.covariance is not None and num_pooled > 0
-    if has_tilt:
+    covariance = pyramid.covariance if num_pooled else None
+    if covariance is not None:
         channels = factor_channels([layout.key_rows.shape[0] // factor for factor in pyramid.factors], value)
         query, key = (F.pad(x, (0, channels.shape[1])) for x in (query, key))
         value = torch.cat([value, channels.expand(*value.shape[:2], -1, -1)], 3)
@@ -100,10 +100,10 @@ def attend(
     key, value = (F.pad(x, (0, 0, 0, short)) for x in (key, value))
     mask = F.pad(bias, (0, short), value=-torch.inf).to(query.dtype).repeat_interleave(layout.block_m, 2)
     out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
-    if has_tilt:
+    if covariance is not None:
         out, shares = out[..., :dim], out[..., dim : dim + num_pooled]
-        wide = pyramid.covariance.dtype
-        turned = torch.einsum("bhld,bhfde->bhlfe", query[..., :dim].to(wide), pyramid.covariance[:, :, 1:])
+        wide = covariance.dtype
+        turned = torch.einsum("bhld,bhfde->bhlfe", query[..., :dim].to(wide), covariance[:, :, 1:])
         out = out + (scale * (shares[..., None].to(wide) * turned).sum(3)).to(out.dtype)
     out = out * reads.repeat_interleave(layout.block_m, 2)[..., None]
     # empty lanes go to a row of their own: to leave them out by number would wait for the GPU

@@ -1,6 +1,7 @@
 """What the stages hand to each other, the numbers of the definition, and what a backend must offer."""
 
 from dataclasses import dataclass
+from functools import reduce
 from itertools import accumulate
 from typing import Protocol, TypeAlias
 
@@ -105,7 +106,8 @@ class Schedule:
     def density(self) -> Tensor:
         """Share of the dense work: mean over all block pairs of 1/factor. A scalar tensor; reading it synchronises."""
         counts = self.offsets.diff(dim=-1).double()
-        cost = sum(count / factor for count, factor in zip(counts.unbind(-1), self.factors, strict=True))
+        costs = (count / factor for count, factor in zip(counts.unbind(-1), self.factors, strict=True))
+        cost = reduce(torch.add, costs)
         return cost.mean() / self.block_ids.shape[-1]
 
     def to_level_map(self) -> Tensor:

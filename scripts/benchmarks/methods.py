@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from psa_diffusers import PSAPreset, list_presets, load_preset
-from psa_diffusers.calibration.calibrate import ladder_ratios
+from psa_diffusers.calibration.ladder import ladder_ratios
 from psa_diffusers.cli.published import published_choice
 
 from .acceptance import PRESETS

@@ -142,9 +142,10 @@ class Bench:
             torch.cuda.synchronize()
         dist.barrier()
 
-    def measure(self, preset, deals=True):
+    def time_forward(self, preset, deals=True):
         """Seconds (of the slowest process), output, and the density of each process."""
         from psa_diffusers import disable_psa, enable_psa, load_preset, psa_report
+        from psa_diffusers.pipelines.state import state_of
 
         density = 1.0
         if preset is not None:
@@ -154,7 +155,7 @@ class Bench:
                 for block in self.pipe.transformer.blocks:
                     block.attn1.processor.dealer.is_needed = lambda *args: False
             self.forward()  # deals the heads; compiles kernels
-            self.pipe._psa_switch.run.recorder.clear()
+            state_of(self.pipe).switch.run.recorder.clear()
         out = self.forward()
         if preset is not None:
             records = psa_report(self.pipe).records
@@ -162,7 +163,7 @@ class Bench:
             if dense:
                 sys.exit(f"{preset}: not everything ran sparse: {dense}")
             density = sum(record["density"] for record in records) / len(records)
-            self.pipe._psa_switch.run.recorder = None  # recording costs a little
+            state_of(self.pipe).switch.run.recorder = None  # recording costs a little
         times = []
         for _ in range(self.args.repeats):
             self.wait()
@@ -220,11 +221,11 @@ def run(args, device):
         cases.append((preset, preset, True))
         if HeadDealer.is_needed(load_preset(shape.section, preset), shape.heads, size):
             cases.append((f"{preset}, heads as they come", preset, False))
-    alone = {title: bench.measure(preset) for title, preset, deals in cases if deals}
+    alone = {title: bench.time_forward(preset) for title, preset, deals in cases if deals}
     parallelise(bench.pipe.transformer, device)
     lines = []
     for title, preset, deals in cases:
-        one, several = alone[preset or "dense"], bench.measure(preset, deals)
+        one, several = alone[preset or "dense"], bench.time_forward(preset, deals)
         error = relative_error(several["out"], one["out"])
         if not error <= ROUNDING[args.dtype]:
             sys.exit(f"{title}: {size} processes differ from one by {error:.2e} (relative L1); nothing was timed")

@@ -13,7 +13,8 @@ import yaml
 from tiny import CASES
 
 from psa_diffusers import calibrate, enable_psa, load_preset, psa_report
-from psa_diffusers.calibration.calibrate import DENSITIES, _Cell, _choose, _mean, ladder_ratios
+from psa_diffusers.calibration.ladder import DENSITIES, ladder_ratios
+from psa_diffusers.calibration.search import Cell, choose, mean
 from psa_diffusers.pipelines.enable import find_denoisers
 from psa_diffusers.presets import PSAPreset
 
@@ -217,7 +218,7 @@ def cells_at_random(rng, count):
     for layer in range(count):
         scale = float(torch.rand(1, generator=rng)) + 0.1
         error = sorted((scale * torch.rand(len(DENSITIES), generator=rng)).tolist(), reverse=True)
-        cells.append(_Cell(0, (0, 1 + layer % 2), 4, layer, (*error, 0.0), (*DENSITIES, 1.0)))
+        cells.append(Cell(0, (0, 1 + layer % 2), 4, layer, (*error, 0.0), (*DENSITIES, 1.0)))
     return cells
 
 
@@ -227,11 +228,11 @@ def test_the_choice_is_nearly_the_best_there_is(kind, rng):
     for _ in range(5):
         cells = cells_at_random(rng, 4)
         target = 0.15
-        chosen = _choose(cells, kind, target)
-        assert _mean(cells, chosen, kind) <= target + 1e-12
+        chosen = choose(cells, kind, target)
+        assert mean(cells, chosen, kind) <= target + 1e-12
         every = itertools.product(range(len(DENSITIES) + 1), repeat=4)
-        best = min(_mean(cells, c, other) for c in every if _mean(cells, c, kind) <= target)
-        assert _mean(cells, chosen, other) <= best + 0.05
+        best = min(mean(cells, c, other) for c in every if mean(cells, c, kind) <= target)
+        assert mean(cells, chosen, other) <= best + 0.05
 
 
 def test_the_script_writes_the_preset_and_what_was_found(tmp_path):

@@ -6,19 +6,14 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
+from guests import one_of_each
 from safetensors import safe_open
 from tiny import ALL_CASES, CASES, TEXT_TOKENS, TINY_PRESET
 
 from psa_diffusers import disable_psa, enable_psa, record_qkv
 from psa_diffusers.pipelines.enable import find_denoisers
 
-one_of_each = pytest.mark.parametrize("name", ["cogvideox", "wan2.1"])
-
-
-@pytest.fixture(autouse=True)
-def _no_gradients():
-    with torch.no_grad():
-        yield
+pytestmark = pytest.mark.usefixtures("no_gradients")
 
 
 def read(path):

@@ -151,7 +151,8 @@ def test_the_benchmark_runs(tmp_path):
     done = subprocess.run(
         [
             *command,
-            ROOT / "scripts" / "benchmark_parallel.py",
+            "-m",
+            "scripts.benchmarks.parallel",
             *options,
             "--repeats",
             "1",

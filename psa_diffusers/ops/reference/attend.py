@@ -51,8 +51,8 @@ def attend(
         _attend_full(out[b, h], q[b, h], head, layout, is_full)
         counts = torch.where(is_full[:, None], 0, offsets.diff(dim=1))
         units = _list_units(ids, offsets, counts)
-        for blocks, most in _groups(counts.tolist(), [table.shape[1] for table in tables]):
-            blocks = torch.tensor(blocks, device=q.device)
+        for group, most in _groups(counts.tolist(), [table.shape[1] for table in tables]):
+            blocks = torch.tensor(group, device=q.device)
             index = [
                 table.index_select(0, unit[:, :count].index_select(0, blocks).flatten()).view(len(blocks), -1)
                 for table, unit, count in zip(tables, units, most, strict=True)
@@ -87,8 +87,8 @@ def _attend_full(out: Tensor, q: Tensor, head: _Head, layout: Layout, is_full: T
     rows = layout.query_rows.view(-1, layout.block_m)[is_full].flatten()
     rows = rows[rows >= 0].long()
     if len(rows):
-        tensors = (x[None, None] for x in (q.index_select(0, rows), head.keys[0], head.values[0]))
-        out.index_copy_(0, rows, F.scaled_dot_product_attention(*tensors, scale=head.scale)[0, 0])
+        query, key, value = (x[None, None] for x in (q.index_select(0, rows), head.keys[0], head.values[0]))
+        out.index_copy_(0, rows, F.scaled_dot_product_attention(query, key, value, scale=head.scale)[0, 0])
 
 
 def _attend_group(out: Tensor, q: Tensor, head: _Head, layout: Layout, blocks: Tensor, index: list[Tensor]) -> None:
@@ -116,10 +116,10 @@ def _attend_group(out: Tensor, q: Tensor, head: _Head, layout: Layout, blocks: T
     step = max(1, _GATHERED // (bias.shape[1] * q.shape[1]))
     rooms = [_make_room(sources, min(step, len(blocks)) * bias.shape[1]) for sources in (head.keys, head.values)]
     parts = zip(*(x.split(step) for x in (query, tokens, pooled, bias)), strict=True)
-    read = torch.cat([_read(head, *part, channels, rooms) for part in parts])
+    read = torch.cat([_read(head, part, channels, rooms) for part in parts])
     result = read[..., : q.shape[1]]
-    if channels is not None:
-        result = result + _tilt(query, read[..., q.shape[1] :], head)
+    if head.covariance is not None and channels is not None:
+        result = result + head.scale * _tilt(query, read[..., q.shape[1] :], head.covariance)
     result = result.to(out.dtype)
     if lanes.all():
         out.index_copy_(0, rows.flatten().long(), result.flatten(0, 1))
@@ -127,16 +127,9 @@ def _attend_group(out: Tensor, q: Tensor, head: _Head, layout: Layout, blocks: T
         out.index_copy_(0, rows[lanes].long(), result[lanes])
 
 
-def _read(
-    head: _Head,
-    query: Tensor,
-    tokens: Tensor,
-    pooled: Tensor,
-    bias: Tensor,
-    channels: Tensor | None,
-    rooms: list[Tensor | None],
-) -> Tensor:
-    """Attention of queries ``[G, m, D]`` over the rows ``[G, slots]`` of the tokens and the pooled cells."""
+def _read(head: _Head, part: tuple[Tensor, ...], channels: Tensor | None, rooms: list[Tensor | None]) -> Tensor:
+    """Attention of some query blocks: their queries ``[G, m, D]``, rows of tokens and of pooled cells, and the bias."""
+    query, tokens, pooled, bias = part
     # only the CPU's SDPA takes a float32 bias beside half-precision queries
     work = query.dtype if query.is_cpu else bias.dtype
     rows = tokens.T.flatten(), pooled.T.flatten()
@@ -148,8 +141,8 @@ def _read(
         query, key = (F.pad(x, (0, channels.shape[1])) for x in (query, key))
         value = torch.cat([value, channels.to(work).expand(len(value), -1, -1)], 2)
     mask = bias[:, None, None].expand(-1, 1, query.shape[1], -1)
-    inputs = (x[:, None] for x in (query.to(work), key, value))
-    return F.scaled_dot_product_attention(*inputs, attn_mask=mask, scale=head.scale)[:, 0]
+    query, key, value = (x[:, None] for x in (query.to(work), key, value))
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=head.scale)[:, 0]
 
 
 def _make_room(sources: tuple[Tensor, ...], rows: int) -> Tensor | None:
@@ -223,7 +216,7 @@ def _groups(counts: list[list[int]], widths: list[int]) -> list[tuple[list[int],
     def kind(block: int) -> tuple[bool, bool]:
         return counts[block][0] > 0, any(counts[block][1:])  # padding repeats what is read: it needs some of each kind
 
-    groups = []
+    groups: list[tuple[list[int], list[int]]] = []
     for block in sorted(range(len(counts)), key=lambda block: (kind(block), cells(counts[block])), reverse=True):
         if not any(counts[block]):
             continue
@@ -252,12 +245,12 @@ def factor_channels(cells: list[int], like: Tensor) -> Tensor:
     return channels
 
 
-def _tilt(query: Tensor, shares: Tensor, head: _Head) -> Tensor:
-    """s q_r . sum over pooled factors of share x covariance: ``[G, m, D]``."""
-    wide = head.covariance.dtype
+def _tilt(query: Tensor, shares: Tensor, covariances: Tensor) -> Tensor:
+    """q_r . sum over pooled factors of share x covariance: ``[G, m, D]``."""
+    wide = covariances.dtype
     total = torch.zeros_like(query, dtype=wide)
-    for f, covariance in enumerate(head.covariance[1:]):
+    for f, covariance in enumerate(covariances[1:]):
         share = shares[..., f : f + 1].to(wide)
         # a head of NaN values has a NaN covariance: it counts only where the factor was read
         total += torch.where(share > 0, share * (query.to(wide) @ covariance), 0)
-    return total * head.scale
+    return total

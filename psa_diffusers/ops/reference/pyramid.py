@@ -57,9 +57,9 @@ def build_pyramid(
                 keys[b, h, cells], values[b, h, cells] = mean_k, mean_v
                 if key_variance or value_tilt:
                     delta_k = (token_k - mean_k.repeat_interleave(factor, 0)) * real[part]
-                if key_variance:
+                if variance is not None:
                     variance[b, h, cells] = delta_k.square().mean(1).view(-1, factor).sum(1) / divisor[:, 0]
-                if value_tilt:
+                if covariance is not None:
                     delta_v = (token_v - mean_v.repeat_interleave(factor, 0)) * real[part]
                     covariance[b, h, f] += delta_k.T @ delta_v / tokens
 

@@ -26,8 +26,11 @@ def fit_tilt(pyramid: Pyramid, q: Tensor, k: Tensor, v: Tensor, layout: Layout, 
         layout: Where tokens stand.
         scale: Softmax scale.
     """
-    gain = tilt_gain(q, k, v, layout, scale).to(pyramid.covariance.dtype)
-    return replace(pyramid, covariance=pyramid.covariance * gain[:, :, None, None, None])
+    covariance = pyramid.covariance
+    if covariance is None:
+        raise ValueError("this pyramid has no covariance to scale: make it with value_tilt=True")
+    gain = tilt_gain(q, k, v, layout, scale).to(covariance.dtype)
+    return replace(pyramid, covariance=covariance * gain[:, :, None, None, None])
 
 
 @torch.no_grad()

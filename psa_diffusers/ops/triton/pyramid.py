@@ -165,38 +165,37 @@ def _pyramid_kernel(
         out = (out[0], out[1], out[2], out[3] + before * HEAD_DIM, out[4] + before)
     o_d = tl.arange(0, D_PAD)
     lane = first + tl.arange(0, SPANS) * SPAN
-    inside = lane < num_lanes
+    lanes = (lane, lane < num_lanes, num_lanes)
     for i in tl.static_range(SPAN):
-        rows = tl.load(rows_ptr + lane + i, mask=inside, other=-1)
+        rows = tl.load(rows_ptr + lane + i, mask=lanes[1], other=-1)
         k = load_rows(k_ptr, rows, rows >= 0, K_STRIDES[2], o_d, HEAD_DIM, D_PAD).to(tl.float32)
         v = load_rows(v_ptr, rows, rows >= 0, V_STRIDES[2], o_d, HEAD_DIM, D_PAD).to(tl.float32)
         # sums of squares by eight channels: a thread has them
         cells = (k, v, (rows >= 0).to(tl.float32), tl.zeros([SPANS, D_PAD // 8], tl.float32))
         if SPAN >= 2:
-            place = (lane + i, inside, num_lanes)
             if i % 2 == 0:
                 cells1 = cells
             else:
                 cells = _merge(cells1, cells, KEY_VARIANCE)
-                _keep(cells, out, place, 1, FACTORS, CELL, HEAD_DIM, D_PAD, KEY_VARIANCE)
+                _keep(cells, out, lanes, i, 1, FACTORS, CELL, HEAD_DIM, D_PAD, KEY_VARIANCE)
                 if SPAN >= 4:
                     if i % 4 == 1:
                         cells2 = cells
                     else:
                         cells = _merge(cells2, cells, KEY_VARIANCE)
-                        _keep(cells, out, place, 2, FACTORS, CELL, HEAD_DIM, D_PAD, KEY_VARIANCE)
+                        _keep(cells, out, lanes, i, 2, FACTORS, CELL, HEAD_DIM, D_PAD, KEY_VARIANCE)
                         if SPAN >= 8:
                             if i % 8 == 3:
                                 cells3 = cells
                             else:
                                 cells = _merge(cells3, cells, KEY_VARIANCE)
-                                _keep(cells, out, place, 3, FACTORS, CELL, HEAD_DIM, D_PAD, KEY_VARIANCE)
+                                _keep(cells, out, lanes, i, 3, FACTORS, CELL, HEAD_DIM, D_PAD, KEY_VARIANCE)
                                 if SPAN >= 16:
                                     if i % 16 == 7:
                                         cells4 = cells
                                     else:
                                         cells = _merge(cells4, cells, KEY_VARIANCE)
-                                        _keep(cells, out, place, 4, FACTORS, CELL, HEAD_DIM, D_PAD, KEY_VARIANCE)
+                                        _keep(cells, out, lanes, i, 4, FACTORS, CELL, HEAD_DIM, D_PAD, KEY_VARIANCE)
 
     # what is not finite stays so in the mean; the comparison is false for NaN too
     sound = (tl.abs(cells[0]) < float("inf")) & (tl.abs(cells[1]) < float("inf"))
@@ -208,8 +207,8 @@ def _pyramid_kernel(
         if (1 << level) > SPAN and ((FACTORS | CELL) >> level):
             cells = _merge_neighbours(cells, BLOCKS * BLOCK_N >> level, D_PAD, KEY_VARIANCE)
             start = first + (tl.arange(0, BLOCKS * BLOCK_N >> level) << level)
-            place = (start, start < num_lanes, num_lanes)
-            _keep(cells, out, place, level, FACTORS, CELL, HEAD_DIM, D_PAD, KEY_VARIANCE)
+            starts = (start, start < num_lanes, num_lanes)
+            _keep(cells, out, starts, 0, level, FACTORS, CELL, HEAD_DIM, D_PAD, KEY_VARIANCE)
 
 
 @triton.jit
@@ -229,15 +228,15 @@ def _merge(one, other, VARIANCE: tl.constexpr):
 
 @triton.jit
 def _keep(
-    cells, out, place,
+    cells, out, lanes, i,
     LEVEL: tl.constexpr, FACTORS: tl.constexpr, CELL: tl.constexpr,
     HEAD_DIM: tl.constexpr, D_PAD: tl.constexpr, VARIANCE: tl.constexpr,
 ):  # fmt: skip
-    """Store the cells in which the lanes stand, if their level is a factor of the preset, or the other width."""
+    """Store the cells in which the lanes, i further on, stand, if they are as wide as a factor, or CELL wide."""
     IS_FACTOR: tl.constexpr = (FACTORS >> LEVEL) & 1
     if IS_FACTOR or CELL == 1 << LEVEL:
-        lane, inside, num_lanes = place
-        row = lane >> LEVEL
+        lane, inside, num_lanes = lanes
+        row = (lane + i) >> LEVEL
         if IS_FACTOR:
             for finer in tl.static_range(1, LEVEL):
                 if (FACTORS >> finer) & 1:
