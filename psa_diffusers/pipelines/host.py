@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from typing import Any
 
+import torch
 from torch import nn
 
 
@@ -213,6 +214,7 @@ class _Hook:
     def __init__(self, function: Callable[..., None]) -> None:
         self.function = function
 
+    @torch.compiler.disable  # what it reads is new each time; the forward that follows is compiled as before
     def __call__(self, module: nn.Module, *args: Any) -> None:
         self.function(module, *args)
 
@@ -269,6 +271,11 @@ class _Checkpointing:
 
 def _same(x: Any) -> Any:
     return x
+
+
+def in_backward() -> bool:
+    """Whether this thread runs a backward pass, as it does when gradient checkpointing runs a block again."""
+    return torch._C._current_graph_task_id() != -1
 
 
 def wrap_checkpointing(module: nn.Module, context: Callable[[], AbstractContextManager[None]]) -> Handle | None:

@@ -46,7 +46,6 @@ class FamilyProcessor(SparseCalls):
 
     arguments: ClassVar[tuple[str, ...]] = ()
     text_in_sequence: ClassVar[bool] = False
-    has_context: ClassVar[bool] = False
     masks_padding: ClassVar[bool] = False
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -164,17 +163,10 @@ class FamilyProcessor(SparseCalls):
         parallel = ulysses.context_parallel(self.original)
         if parallel is not None and (reason := ulysses.why_not(parallel, site.has_parallel_plan)):
             return reason
-        if site.grid is None:
+        if site.sizes is None:
             return "the inputs of the denoiser do not tell the token grid"
-        frames, height, width = site.grid
-        expected = frames * height * width
-        if parallel is not None:
-            expected, context = ulysses.local_tokens(parallel, expected), False
-        tokens = hidden_states.shape[1]
-        if tokens != expected and not (context and self.context_tokens(hidden_states)):
-            return f"{tokens} video tokens do not fill the grid {frames} x {height} x {width}"
-        if 2 * expected < tokens:
-            return f"the grid {frames} x {height} x {width} is less than half of the {tokens} video tokens"
+        if not self._is_one_graph() and (reason := self._why_not_on_grid(hidden_states, context)):
+            return reason
         if hidden_states.dtype not in DTYPES:
             return f"the dtype {hidden_states.dtype} is not supported"
         if site.family.read_text is not None:
@@ -183,6 +175,19 @@ class FamilyProcessor(SparseCalls):
             if len(site.text_lengths) != len(hidden_states):
                 return "something between the denoiser and its layers has changed the batch"
         return unsupported_head_dim(self.head_dim(attn)) or ""
+
+    def _why_not_on_grid(self, hidden_states: Tensor, context: bool) -> str:
+        frames, height, width = self._grid()
+        expected = frames * height * width
+        parallel = ulysses.context_parallel(self.original)
+        if parallel is not None:
+            expected, context = ulysses.local_tokens(parallel, expected), False
+        tokens = hidden_states.shape[1]
+        if tokens != expected and not (context and self.context_tokens(hidden_states)):
+            return f"{tokens} video tokens do not fill the grid {frames} x {height} x {width}"
+        if 2 * expected < tokens:
+            return f"the grid {frames} x {height} x {width} is less than half of the {tokens} video tokens"
+        return ""
 
     def head_dim(self, attn: nn.Module) -> int:
         """Return the channels of a head."""
@@ -236,7 +241,10 @@ def _call_with(arguments: tuple[str, ...]) -> Any:
     """Return a `__call__` whose signature names the arguments."""
 
     def __call__(self: FamilyProcessor, attn: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        return self.process(attn, *args, **kwargs)
+        if self.site.bound_in is None or self.site.is_running:
+            return self.process(attn, *args, **kwargs)
+        with self.site.as_bound():
+            return self.process(attn, *args, **kwargs)
 
     __call__.__signature__ = signature_of(arguments)  # type: ignore[attr-defined]
     return __call__

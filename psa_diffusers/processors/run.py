@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from psa_diffusers.models.registry import Family, Grid
-from psa_diffusers.pipelines.host import Handle, add_hooks, running_pipeline, wrap_checkpointing
+from psa_diffusers.pipelines.host import Handle, add_hooks, in_backward, running_pipeline, wrap_checkpointing
 from psa_diffusers.presets import PSAPreset
 from psa_diffusers.processors.calls import Listener
 from psa_diffusers.processors.clock import WarmupScheduler
@@ -54,11 +54,12 @@ class Run:
         self.is_called = False
         self.owner: Callable[[], Any] | None = None
         self.ran_sparse = False
-        self.ran_compiled = False
+        self._was_open = False
         self._pipe: Callable[[], Any] | None = None
         self._others: list[Listener] = []
         self._said: set[str] = set()
         self._why_dense: Counter[str] = Counter()
+        self._why_dense_steps: Counter[str] = Counter()
 
     @contextmanager
     def call_of(self, pipe: Any) -> Iterator[None]:
@@ -142,6 +143,12 @@ class Run:
         """Take note of why a call was dense, for the warning at the end of a run without any sparse one."""
         self._why_dense[reason] += 1
 
+    def count_forward(self, why_dense: str) -> None:
+        """The same of a whole forward: compiled processors count nothing."""
+        self._was_open |= not why_dense
+        if why_dense:
+            self._why_dense_steps[why_dense] += 1
+
     def _is_asked(self) -> bool:
         return bool(
             not self.clock.idle or self.preset.steps or self.recorder is not None or self.kept.steps > 1
@@ -168,8 +175,11 @@ class Run:
         return pipe
 
     def _say_if_nothing_was_sparse(self) -> None:
-        is_silent = self.ran_sparse or self.ran_compiled or self.clock.has_warned or not self.is_on
-        if is_silent or self.preset.type == "dense" or not self._why_dense:
+        if self.ran_sparse or self.clock.has_warned or not self.is_on or self.preset.type == "dense":
+            return
+        if not self._why_dense:  # compiled processors tell nothing
+            self._why_dense = self._why_dense_steps
+        if not self._why_dense or (self._why_dense is self._why_dense_steps and self._was_open):
             return
         (reason, _), *_ = self._why_dense.most_common(1)
         logger.warning(
@@ -179,8 +189,8 @@ class Run:
         )
 
     def _forget(self) -> None:
-        self.ran_sparse = self.ran_compiled = False
-        self._why_dense.clear()
+        self.ran_sparse = self._was_open = False
+        self._why_dense, self._why_dense_steps = Counter(), Counter()
         self._said.clear()
         self.kept.clear()
         if self.recorder is not None:
@@ -218,10 +228,12 @@ class Site:
         run: The run it belongs to.
         is_running: Whether a forward of the denoiser has begun and not ended. The attributes below are of that forward.
         grid: Token grid, None if the inputs of the forward do not tell.
+        sizes: The grid as a tensor on the CPU ``[3]``: an input of compiled code, where a tuple would be a constant.
         context: Tokens that stand before the grid, None where the family's rule holds.
         text_lengths: Valid text tokens of each sample, ``[B]`` integers on the CPU, where the family has padded text.
         branch: Where the schedules of the forward are kept, None if they are not.
         dense: Why the step that is running is dense, empty if it is not.
+        bound_in: The forward that was running when the site was made, if its first block may be run again.
     """
 
     def __init__(self, name: str, denoiser: nn.Module, family: Family, run: Run) -> None:
@@ -236,6 +248,7 @@ class Site:
         # of the class: an instance's forward may be wrapped by offloading
         self._names = tuple(inspect.signature(type(denoiser).forward).parameters)[1:]
         self._handles: list[Handle] = []
+        self.bound_in: Forward | None = None
         self._forget()
 
     def attach(self, denoiser: nn.Module) -> None:
@@ -253,18 +266,26 @@ class Site:
         """Torch's forward pre-hook with keyword arguments. Only shapes are read: tensors may be elsewhere still."""
         inputs = {**dict(zip(self._names, args)), **kwargs}  # noqa: B905 - fewer positional arguments than names
         self.grid = self.family.read_grid(self._config, inputs)
+        self.sizes = None if self.grid is None else torch.tensor(self.grid)
         self.context = None if self.family.read_context is None else self.family.read_context(self._config, inputs)
         if self.family.read_text is not None:
             self.text_lengths = self.family.read_text(self._config, inputs)
         self.run.before_forward(denoiser, inputs.get("timestep"), rises=self.family.timesteps_rise)
         self.branch = self.run.branch(self.name, inputs)
         self.dense = self.run.clock.reason
+        self.run.count_forward(self.dense)
         if self.run.preset.steps:
             for processor in self._processors:
                 processor.preset = self._preset_now(processor.layer)
         self.is_running = True
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             self._remember_for_recomputation(denoiser)
+
+    def bind(self, denoiser: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        """Learn of a forward that has begun already: its first block was not put into a context that runs again."""
+        self.before_forward(denoiser, args, kwargs)
+        if torch.is_grad_enabled():
+            self.bound_in = self._now()
 
     def after_forward(self, *_: Any) -> None:
         """Torch's forward hook, also after an exception: nothing of this forward is left to another one."""
@@ -282,6 +303,7 @@ class Site:
     def _forget(self) -> None:
         self.is_running = False
         self.grid: Grid | None = None
+        self.sizes: Tensor | None = None
         self.context: int | None = None
         self.text_lengths: Tensor | None = None
         self.branch: Branch | None = None
@@ -289,10 +311,24 @@ class Site:
 
     def _remember_for_recomputation(self, denoiser: nn.Module) -> None:
         """Let gradient checkpointing, which runs blocks again in the backward, run them under what is known now."""
-        presets = tuple(processor.preset for processor in self._processors) if self.run.preset.steps else ()
-        now = Forward(self.grid, self.context, self.text_lengths, None, self.dense, presets)
+        now = self._now()
         if (handle := wrap_checkpointing(denoiser, lambda: self._as_in(now))) is not None:
             self._handles.append(handle)
+
+    def _now(self) -> Forward:
+        presets = tuple(processor.preset for processor in self._processors) if self.run.preset.steps else ()
+        return Forward(self.grid, self.context, self.text_lengths, None, self.dense, presets)
+
+    @contextmanager
+    def as_bound(self) -> Iterator[None]:
+        """Run the first block again as it ran in the forward in which the site was made; once, and in a backward."""
+        forward = self.bound_in
+        if forward is None or not in_backward():
+            yield
+            return
+        self.bound_in = None
+        with self._as_in(forward):
+            yield
 
     @contextmanager
     def _as_in(self, forward: Forward) -> Iterator[None]:
@@ -301,6 +337,7 @@ class Site:
             return
         presets = [processor.preset for processor in self._processors]
         self.grid, self.context, self.text_lengths, self.branch, self.dense, then = forward
+        self.sizes = None if self.grid is None else torch.tensor(self.grid)
         self.is_running = True
         try:
             for processor, preset in zip(self._processors, then, strict=False):

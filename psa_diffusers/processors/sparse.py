@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,7 @@ from psa_diffusers.presets import preset_of_key
 from psa_diffusers.processors import ulysses
 from psa_diffusers.processors.recorder import Measured
 from psa_diffusers.processors.reuse import Branch
-from psa_diffusers.processors.run import Run, Site, is_captured
+from psa_diffusers.processors.run import Site, is_captured
 
 
 class Place(NamedTuple):
@@ -60,6 +60,8 @@ class SparseCalls:
             code makes a version for each value it reads: a handful of presets, but dozens of layers.
     """
 
+    has_context: ClassVar[bool] = False
+
     def __init__(self, layer: str, original: Any, site: Site, *, tap: Tap | None = None) -> None:
         self.layer = layer
         self.original = original
@@ -78,6 +80,11 @@ class SparseCalls:
             text_tokens: Tokens that are not on the grid, in front or behind as the family says.
             grid: Where these tokens are on another grid than that of the denoiser's inputs.
         """
+        if grid is None and self._is_one_graph():
+            q, k = q.to(v.dtype), k.to(v.dtype)
+            if why_new := self._why_new(q, k, v):
+                self._say_new(why_new)
+            return _grid_op(q, k, v, self.site.sizes, self.preset.key, text_tokens, self.site.family.text_first)
         place = Place(grid or self._grid(), text_tokens, self.site.family.text_first)
         out, measured = self._attend(q, k, v, place)
         if measured is not None:
@@ -97,15 +104,14 @@ class SparseCalls:
             text_tokens: Tokens of text at the end, padding included.
             text_lengths: How many of them are valid, ``[B]`` integers on the CPU.
         """
-        grid = self._grid()
         if torch.compiler.is_compiling() and self.site.run.recorder is None:
             if why_new := self._why_new(q, k, v):
                 self._say_new(why_new)
             # one graph for texts of any length: what depends on the length stands inside the operator
             q, k = q.to(v.dtype), k.to(v.dtype)
-            self._count()
-            return _padded_op(q, k, v, text_lengths, self.preset.key, list(grid), text_tokens)
+            return _padded_op(q, k, v, text_lengths, self.site.sizes, self.preset.key, text_tokens)
 
+        grid = self._grid()
         all_measured: list[Measured | None] = []
 
         def attend(q: Tensor, k: Tensor, v: Tensor, text_tokens: int, sample: tuple[int, int] | None) -> Tensor:
@@ -148,7 +154,8 @@ class SparseCalls:
         """Return what attention gives, and what there is to record if anybody asks."""
         # autocast keeps norms in float32; dense attention would cast back as well
         q, k = q.to(v.dtype), k.to(v.dtype)
-        self._count()
+        if not torch.compiler.is_compiling():
+            self.site.run.ran_sparse = True
         if self.tap is not None:
             self.tap(q, k, v, place)
             return v, None  # of the right shape; what follows from it is thrown away
@@ -199,11 +206,13 @@ class SparseCalls:
         shape = (q.shape, q.dtype, q.device, self.preset.key, place.grid, place.text_tokens, place.text_first)
         return branch.attend(self.layer, shape, lambda schedule: attention(schedule=schedule))
 
-    def _count(self) -> None:
-        if torch.compiler.is_compiling():
-            _note_compiled(self.site.run)
-        else:
-            self.site.run.ran_sparse = True
+    def _is_one_graph(self) -> bool:
+        """Whether compiled code serves videos of any size: the grid is then an input of the graph, not a constant.
+
+        Not where tokens beside the grid are counted by it, nor where what runs is recorded or communicates.
+        """
+        is_plain = self.site.run.recorder is None and not self.has_context
+        return torch.compiler.is_compiling() and is_plain and ulysses.context_parallel(self.original) is None
 
     def _measure(self, schedule: Schedule, is_kept: bool, why_new: str) -> Measured | None:
         return None if self.site.run.recorder is None else Measured(why_new, schedule.density(), is_kept)
@@ -234,12 +243,6 @@ def _arguments(place: Place) -> dict[str, Any]:
 
 
 @torch.compiler.assume_constant_result  # runs while torch compiles, not in compiled code
-def _note_compiled(run: Run) -> bool:
-    run.ran_compiled = True
-    return True
-
-
-@torch.compiler.assume_constant_result  # runs while torch compiles, not in compiled code
 def _say_compiled(message: str) -> bool:
     say_once(message)
     return True
@@ -264,15 +267,34 @@ def _without_padding(
 
 @torch.library.custom_op("psa_diffusers::psa_attention_padded", mutates_args=())
 def _padded_op(
-    q: Tensor, k: Tensor, v: Tensor, text_lengths: Tensor, preset_key: str, grid: list[int], text_tokens: int
+    q: Tensor, k: Tensor, v: Tensor, text_lengths: Tensor, sizes: Tensor, preset_key: str, text_tokens: int
 ) -> Tensor:
+    grid = tuple(sizes.tolist())
+
     def attend(q: Tensor, k: Tensor, v: Tensor, text_tokens: int, sample: tuple[int, int] | None) -> Tensor:
         preset = preset_of_key(preset_key)
-        return psa_attention(q, k, v, preset, grid=tuple(grid), text_tokens=text_tokens, text_first=False)
+        return psa_attention(q, k, v, preset, grid=grid, text_tokens=text_tokens, text_first=False)
 
     return _without_padding(attend, q, k, v, text_lengths, text_tokens).contiguous()
 
 
 @_padded_op.register_fake
-def _(q, k, v, text_lengths, preset_key, grid, text_tokens):
+def _(q, k, v, text_lengths, sizes, preset_key, text_tokens):
     return q.new_empty(q.shape)
+
+
+@torch.library.custom_op("psa_diffusers::psa_attention_on_grid", mutates_args=())
+def _grid_op(
+    q: Tensor, k: Tensor, v: Tensor, sizes: Tensor, preset_key: str, text_tokens: int, text_first: bool
+) -> Tensor:
+    grid = tuple(sizes.tolist())
+    if math.prod(grid) + text_tokens != q.shape[2]:
+        say_once(f"PSA runs dense: {q.shape[2] - text_tokens} video tokens do not fill the grid {grid}")
+        return nn.functional.scaled_dot_product_attention(q, k, v)
+    preset = preset_of_key(preset_key)
+    return psa_attention(q, k, v, preset, grid=grid, text_tokens=text_tokens, text_first=text_first)
+
+
+@_grid_op.register_fake
+def _(q, k, v, sizes, preset_key, text_tokens, text_first):
+    return torch.empty_like(q)

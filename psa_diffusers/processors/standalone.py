@@ -142,7 +142,7 @@ class PSAProcessor:
                 run.switch_off()
 
         handles = add_hooks(denoiser, before_forward, site.after_forward)
-        before_forward(denoiser, args, kwargs)
+        site.bind(denoiser, args, kwargs)
         logger.info("%s, in the self-attentions of %s", title, site.name)
         return self._processors[attn]
 
