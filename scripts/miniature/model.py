@@ -83,23 +83,34 @@ SIZES = {
 
 def tokenizer() -> Any:
     """A word of the grammar is a token, anything else is unknown; nothing is trained."""
-    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
-    from transformers import PreTrainedTokenizerFast
+    from tokenizers import Tokenizer, models, pre_tokenizers
 
     words = {word: number for number, word in enumerate(["<pad>", "</s>", "<unk>", *world.WORDS])}
     backend = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
-    backend.normalizer = normalizers.Lowercase()
     backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    return finish_tokenizer(backend, TEXT_TOKENS)
+
+
+def finish_tokenizer(backend: Any, length: int) -> Any:
+    """Wrap a tokenizer whose first words are `<pad>`, `</s>` and `<unk>`: lower case, and the end marked."""
+    from tokenizers import normalizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    backend.normalizer = normalizers.Lowercase()
     backend.post_processor = processors.TemplateProcessing(single=["$A", "</s>"], special_tokens=[("</s>", 1)])
     return PreTrainedTokenizerFast(
-        tokenizer_object=backend, pad_token="<pad>", eos_token="</s>", unk_token="<unk>", model_max_length=TEXT_TOKENS
+        tokenizer_object=backend, pad_token="<pad>", eos_token="</s>", unk_token="<unk>", model_max_length=length
     )
 
 
-def _text_config(kind: type) -> Any:
+TEXT_SIZES = {"vocab_size": 64, "d_model": 128, "d_kv": 32, "d_ff": 256, "num_layers": 2, "num_heads": 4}
+
+
+def text_config(kind: type, **sizes: int) -> Any:
+    """Return the configuration of a text encoder over these tokenizers: `T5Config` or `UMT5Config`."""
     return kind(
-        vocab_size=64, d_model=128, d_kv=32, d_ff=256, num_layers=2, num_heads=4, dropout_rate=0.0,
-        feed_forward_proj="gated-gelu", pad_token_id=0, eos_token_id=1, decoder_start_token_id=0, use_cache=False,
+        **sizes, dropout_rate=0.0, feed_forward_proj="gated-gelu", pad_token_id=0, eos_token_id=1,
+        decoder_start_token_id=0, use_cache=False,
     )  # fmt: skip
 
 
@@ -153,7 +164,7 @@ class CogVideoX:
     def text_encoder(self) -> nn.Module:
         from transformers import T5Config, T5EncoderModel
 
-        return T5EncoderModel(_text_config(T5Config))
+        return T5EncoderModel(text_config(T5Config, **TEXT_SIZES))
 
     def scheduler(self) -> Any:
         from diffusers import CogVideoXDDIMScheduler
@@ -244,7 +255,7 @@ class Wan:
     def text_encoder(self) -> nn.Module:
         from transformers import UMT5Config, UMT5EncoderModel
 
-        return UMT5EncoderModel(_text_config(UMT5Config))
+        return UMT5EncoderModel(text_config(UMT5Config, **TEXT_SIZES))
 
     def scheduler(self) -> Any:
         from diffusers import UniPCMultistepScheduler

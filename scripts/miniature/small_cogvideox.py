@@ -13,7 +13,8 @@ import math
 import torch
 from torch import nn
 
-from .small_parts import TEXT_TOKENS, draw_direction, look_around, make_tokenizer, text_config, write_pipeline
+from .model import text_config
+from .small_parts import TEXT_SIZES, TEXT_TOKENS, draw_direction, look_around, make_tokenizer, write_pipeline
 
 HEADS, HEAD_DIM, LAYERS = 2, 64, 4
 LATENT_CHANNELS = 8
@@ -32,7 +33,7 @@ def make_small_cogvideox(seed: int = 0):
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(seed)
         transformer, vae = _transformer(), _vae()
-        text_encoder = T5EncoderModel(text_config(T5Config)).eval()
+        text_encoder = T5EncoderModel(text_config(T5Config, **TEXT_SIZES)).eval()
     # it predicts the clean video; trailing steps and a terminal SNR of zero, as CogVideoX has them
     scheduler = CogVideoXDDIMScheduler(
         prediction_type="sample", timestep_spacing="trailing", rescale_betas_zero_snr=True, snr_shift_scale=1.0

@@ -1,4 +1,4 @@
-"""What the small pipelines with random weights share: words, text encoders, heads that look around, a command line.
+"""What the small pipelines with random weights share: words, heads that look around, a command line.
 
 Random weights attend to everything alike, which says nothing about sparse attention. Here all queries and keys of a
 head share a direction, which the rotary embedding turns into a preference for near tokens.
@@ -13,39 +13,26 @@ from typing import Any
 import torch
 from torch import nn
 
+from .model import finish_tokenizer
+
 TEXT_TOKENS = 64
+TEXT_SIZES = {"vocab_size": 1024, "d_model": 64, "d_kv": 16, "d_ff": 128, "num_layers": 1, "num_heads": 4}
+"""A text encoder as wide as the small denoisers expect it."""
 PEAK = 20.0
 """Largest logit, that of a token which attends to itself."""
 
 
 def make_tokenizer():
     """Pairs of letters are tokens. Nothing is trained, so ids are the same in every process and version."""
-    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
-    from transformers import PreTrainedTokenizerFast
+    from tokenizers import Tokenizer, models, pre_tokenizers
 
     letters = "abcdefghijklmnopqrstuvwxyz"
     singles = [(character, -6.0) for character in letters + "0123456789.,;:'!?-"]
     pairs = [(first + second, -9.0) for first in letters for second in letters]
     special = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", -20.0), ("▁", -2.0)]
     backend = Tokenizer(models.Unigram(special + singles + pairs, unk_id=2))
-    backend.normalizer = normalizers.Lowercase()
     backend.pre_tokenizer = pre_tokenizers.Metaspace()
-    backend.post_processor = processors.TemplateProcessing(single=["$A", "</s>"], special_tokens=[("</s>", 1)])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend, pad_token="<pad>", eos_token="</s>", unk_token="<unk>", model_max_length=TEXT_TOKENS
-    )
-
-
-def text_config(kind: type) -> Any:
-    """The configuration of a text encoder as wide as the small denoisers expect it.
-
-    Args:
-        kind: `T5Config` or `UMT5Config`.
-    """
-    return kind(
-        vocab_size=1024, d_model=64, d_kv=16, d_ff=128, num_layers=1, num_heads=4, dropout_rate=0.0,
-        feed_forward_proj="gated-gelu", pad_token_id=0, eos_token_id=1, decoder_start_token_id=0, use_cache=False,
-    )  # fmt: skip
+    return finish_tokenizer(backend, TEXT_TOKENS)
 
 
 def look_around(attention: nn.Module, content: float, directions: Iterable[torch.Tensor]) -> None:

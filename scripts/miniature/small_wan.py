@@ -13,7 +13,8 @@ import math
 import torch
 from torch import nn
 
-from .small_parts import draw_direction, look_around, make_tokenizer, text_config, write_pipeline
+from .model import text_config
+from .small_parts import TEXT_SIZES, draw_direction, look_around, make_tokenizer, write_pipeline
 
 HEADS, HEAD_DIM, LAYERS = 4, 64, 4
 CONTENT = 0.7  # size of what depends on the content, beside a shared direction of size 1
@@ -45,7 +46,7 @@ def make_small_wan(seed: int = 0):
         vae = AutoencoderKLWan(
             base_dim=8, z_dim=16, dim_mult=[1, 1, 1, 1], num_res_blocks=1, temperal_downsample=[False, True, True]
         ).eval()
-        text_encoder = UMT5EncoderModel(text_config(UMT5Config)).eval()
+        text_encoder = UMT5EncoderModel(text_config(UMT5Config, **TEXT_SIZES)).eval()
     return WanPipeline(
         tokenizer=make_tokenizer(),
         text_encoder=text_encoder,
