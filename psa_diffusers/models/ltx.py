@@ -8,8 +8,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from torch import nn
-
 from psa_diffusers.models.grid import find_grid, read_coordinates
 from psa_diffusers.models.registry import Family, Grid, SectionRule, register_family
 from psa_diffusers.processors.base import TEXT_ARGUMENTS, FamilyProcessor, Projected
@@ -30,7 +28,7 @@ class LTXPSAProcessor(FamilyProcessor):
     arguments = TEXT_ARGUMENTS
     has_context = True
 
-    def project(self, attn: nn.Module, given: Mapping[str, Any]) -> Projected:
+    def project(self, attn: Any, given: Mapping[str, Any]) -> Projected:
         tokens = given["hidden_states"]
         q, k, v = attn.norm_q(attn.to_q(tokens)), attn.norm_k(attn.to_k(tokens)), attn.to_v(tokens)
         if (angles := given.get("image_rotary_emb")) is not None:
@@ -45,8 +43,8 @@ def read_grid(config: Any, inputs: Mapping[str, Any]) -> Grid | None:
     """Sizes in tokens; where other tokens may stand beside the grid there are positions instead."""
     if inputs.get("video_coords") is not None:
         return read_coordinates(inputs["video_coords"][0])
-    sizes = tuple(inputs.get(name) for name in ("num_frames", "height", "width"))
-    return None if None in sizes else sizes
+    frames, height, width = (inputs.get(name) for name in ("num_frames", "height", "width"))
+    return None if frames is None or height is None or width is None else (frames, height, width)
 
 
 def read_context(config: Any, inputs: Mapping[str, Any]) -> int | None:

@@ -86,12 +86,12 @@ class Family:
     sparse: str = "every video self-attention"
     dense: str = ""
 
-    def self_attentions(self, denoiser: nn.Module) -> dict[str, nn.Module]:
+    def self_attentions(self, denoiser: nn.Module) -> dict[str, Any]:
         """Return the modules to make sparse by their path, in the order of the model."""
         paths = attention_paths(denoiser)
         return {path: module for path, module in paths.items() if re.fullmatch(self.attentions, path)}
 
-    def default_processor(self, denoiser: nn.Module, path: str, attention: nn.Module) -> Any:
+    def default_processor(self, denoiser: nn.Module, path: str, attention: Any) -> Any:
         """Return a new processor such as diffusers would give the attention at `path`."""
         if self.make_default is not None:
             return self.make_default(denoiser.config, path, attention)
@@ -135,7 +135,7 @@ CANNOT_GAIN = {
 """Video denoisers that PSA cannot make faster, and why."""
 
 
-def attention_paths(denoiser: nn.Module) -> dict[str, nn.Module]:
+def attention_paths(denoiser: nn.Module) -> dict[str, Any]:
     """Return all modules by path, as if no block had been compiled on its own."""
     return {name.replace("_orig_mod.", ""): module for name, module in denoiser.named_modules()}
 

@@ -149,7 +149,7 @@ def set_attn_processor(self: Any, processor: Any) -> None:
         enable_psa(self, processor.preset, config=processor.config, report=processor.report, **processor.overrides)
         return
     names = ("transformer", "transformer_2", "unet")
-    denoisers = [getattr(self, name, None) for name in names]
+    denoisers: list[Any] = [getattr(self, name, None) for name in names]
     denoisers = [denoiser for denoiser in denoisers if hasattr(denoiser, "set_attn_processor")]
     if not denoisers:
         raise TypeError(f"{type(self).__name__} has no denoiser with set_attn_processor among {', '.join(names)}")
@@ -202,7 +202,7 @@ def _check_free(pipe: Any, found: list[tuple[str, nn.Module, Family]], switch: S
         raise RuntimeError("the pipeline is running: call enable_psa before or after the call, not from a callback")
 
 
-def _make_processors(denoiser: nn.Module, site: Site) -> list[tuple[nn.Module, FamilyProcessor]]:
+def _make_processors(denoiser: nn.Module, site: Site) -> list[tuple[Any, FamilyProcessor]]:
     family, made, foreign = site.family, [], set()
     for layer, attention in family.self_attentions(denoiser).items():
         original: Any = attention.processor
@@ -222,7 +222,7 @@ def _make_processors(denoiser: nn.Module, site: Site) -> list[tuple[nn.Module, F
     return made
 
 
-def _put_in(switch: Switch, denoiser: nn.Module, made: list[tuple[nn.Module, FamilyProcessor]]) -> None:
+def _put_in(switch: Switch, denoiser: nn.Module, made: list[tuple[Any, FamilyProcessor]]) -> None:
     """Put processors into a denoiser, and listen to its forwards."""
     register_for_guiders(type(processor) for _, processor in made)
     for attention, processor in made:

@@ -20,11 +20,11 @@ import sys
 import weakref
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
+from types import FrameType
 from typing import Any
 
 import torch
 from torch import nn
-
 
 # module of diffusers: pipeline class in it
 _PIPELINE_CLASSES = {
@@ -69,11 +69,11 @@ def push_subclass(pipe: Any, methods: dict[str, Any]) -> type:
         methods: What the subclass adds. They must pass calls through where their feature is off: another pipeline may
             have the class without the feature (`type(pipe).from_pipe`), and `pop_subclass` may leave it in place.
     """
-    cls = type(pipe)
+    cls: Any = type(pipe)
     names = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
-    metaclass = _Forwarding if type(cls) in (type, _Forwarding) else type(cls)
+    metaclass: Any = _Forwarding if type(cls) in (type, _Forwarding) else type(cls)
     methods = {**methods, "__reduce_ex__": _reduce}
-    subclass = metaclass(cls.__name__, (cls,), {**names, **methods, "_psa_methods": methods})
+    subclass: type = metaclass(cls.__name__, (cls,), {**names, **methods, "_psa_methods": methods})
     pipe.__class__ = subclass
     setattr(pipe, _NEEDED, [*getattr(pipe, _NEEDED, ()), subclass])
     return subclass
@@ -85,7 +85,7 @@ def _reduce(pipe: Any, protocol: Any) -> tuple[Any, ...]:
     return _rebuild, (cls, {name: value for name, value in vars(pipe).items() if name != _NEEDED})
 
 
-def _rebuild(cls: type, attributes: dict[str, Any]) -> Any:
+def _rebuild(cls: Any, attributes: dict[str, Any]) -> Any:
     pipe = cls.__new__(cls)
     vars(pipe).update(attributes)
     for value in attributes.values():
@@ -121,7 +121,8 @@ def pop_subclass(pipe: Any, subclass: type) -> None:
 
 def is_running(pipe: Any) -> bool:
     """Return whether a call of the pipeline is under way, in any thread."""
-    for frame in sys._current_frames().values():
+    for top in sys._current_frames().values():
+        frame: FrameType | None = top
         while frame is not None:
             if frame.f_code.co_name == "__call__" and frame.f_locals.get("self") is pipe:
                 return True
@@ -142,7 +143,7 @@ def running_module(
     Returns:
         The module and the arguments of its call; None if there is none.
     """
-    frame = sys._getframe(1)
+    frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         if frame.f_code is nn.Module._call_impl.__code__:
             module = frame.f_locals["self"]
@@ -156,12 +157,12 @@ def running_module(
 def running_pipeline(denoiser: nn.Module) -> Any:
     """Find the innermost pipeline on this thread's stack whose call is running and that owns a denoiser.
 
-    Why: pipelines share denoisers (`from_pipe`), and one that PSA was not enabled on announces nothing. Changes nothing.
+    Why: pipelines share denoisers (`from_pipe`), and one that PSA was not enabled on announces nothing. It only looks.
 
     Returns:
         The pipeline, None if there is none.
     """
-    frame: Any = sys._getframe(1)
+    frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         if frame.f_code.co_name == "__call__":
             pipe = frame.f_locals.get("self")
@@ -214,7 +215,7 @@ class _Hook:
     def __init__(self, function: Callable[..., None]) -> None:
         self.function = function
 
-    @torch.compiler.disable  # what it reads is new each time; the forward that follows is compiled as before
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # what it reads is new each time; the forward that follows is compiled as before
     def __call__(self, module: nn.Module, *args: Any) -> None:
         self.function(module, *args)
 
@@ -230,9 +231,7 @@ def _ignore(*_: Any) -> None:
     """Stands where a copied module had a hook of ours."""
 
 
-def add_hooks(
-    module: nn.Module, before: Callable[..., None], after: Callable[..., None] | None = None
-) -> list[Handle]:
+def add_hooks(module: nn.Module, before: Callable[..., None], after: Callable[..., None] | None = None) -> list[Handle]:
     """Call a function before each forward of a module, and one after it, also after an exception.
 
     Args:
@@ -303,7 +302,7 @@ def wrap_checkpointing(module: nn.Module, context: Callable[[], AbstractContextM
 
     def undo() -> None:
         module = home()
-        if getattr(module, "_gradient_checkpointing_func", None) is wrapped:
+        if module is not None and getattr(module, "_gradient_checkpointing_func", None) is wrapped:
             module._gradient_checkpointing_func = below
 
     return Handle(undo)

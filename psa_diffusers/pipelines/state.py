@@ -32,7 +32,7 @@ class Switch:
     run: Run
     arguments: dict[str, Any]
     sites: list[tuple[nn.Module, Site]] = field(default_factory=list)
-    processors: list[tuple[nn.Module, FamilyProcessor]] = field(default_factory=list)
+    processors: list[tuple[Any, FamilyProcessor]] = field(default_factory=list)
     hooks: list[Handle] = field(default_factory=list)
     listener: Listener | None = None
 

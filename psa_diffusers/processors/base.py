@@ -80,7 +80,7 @@ class FamilyProcessor(SparseCalls):
         """A copy, or a pickle, is the processor that was found here: a copied denoiser has no switch and runs dense."""
         return _same, (self.original,)
 
-    def process(self, attn: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    def process(self, attn: Any, *args: Any, **kwargs: Any) -> Any:
         """Run one call of the attention.
 
         Args:
@@ -105,7 +105,7 @@ class FamilyProcessor(SparseCalls):
         out = self.attend(q, k, v, given)
         return self.put_out(attn, out.to(q.dtype), given)
 
-    def project(self, attn: nn.Module, given: Mapping[str, Any]) -> Projected:
+    def project(self, attn: Any, given: Mapping[str, Any]) -> Projected:
         """Return q, k, v ``[B, H, L, D]`` of the whole sequence, as upstream makes them. Views are fine.
 
         Args:
@@ -127,7 +127,7 @@ class FamilyProcessor(SparseCalls):
         out = self.sparse(*(x.roll(-turn, 2) for x in (q, k, v)), text_tokens=text + context)
         return out.roll(turn, 2)
 
-    def put_out(self, attn: nn.Module, out: Tensor, given: Mapping[str, Any]) -> Any:
+    def put_out(self, attn: Any, out: Tensor, given: Mapping[str, Any]) -> Any:
         """Return what the upstream processor returns, from the output ``[B, H, L, D]`` of the attention."""
         return project_out(attn, out)
 
@@ -135,7 +135,7 @@ class FamilyProcessor(SparseCalls):
         """Say why this family must run such a call dense; empty if it need not."""
         return ""
 
-    def why_dense(self, attn: nn.Module, hidden_states: Tensor, attention_mask: Any, *, context: bool = False) -> str:
+    def why_dense(self, attn: Any, hidden_states: Tensor, attention_mask: Any, *, context: bool = False) -> str:
         """Say why this call must be dense; empty if it can be sparse.
 
         Args:
@@ -189,16 +189,16 @@ class FamilyProcessor(SparseCalls):
             return f"the grid {frames} x {height} x {width} is less than half of the {tokens} video tokens"
         return ""
 
-    def head_dim(self, attn: nn.Module) -> int:
+    def head_dim(self, attn: Any) -> int:
         """Return the channels of a head."""
-        return attn.inner_dim // attn.heads
+        return int(attn.inner_dim // attn.heads)
 
     def context_tokens(self, hidden_states: Tensor) -> int:
         """Return how many of the tokens ``[B, S, C]`` are beyond the grid; 0 if they do not even fill it."""
         frames, height, width = self._grid()
         return max(hidden_states.shape[1] - frames * height * width, 0)
 
-    def dense(self, reason: str, tokens: int, attn: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    def dense(self, reason: str, tokens: int, attn: Any, *args: Any, **kwargs: Any) -> Any:
         """Run the original processor with exactly the arguments that came.
 
         Args:
@@ -227,9 +227,10 @@ def _same(processor: Any) -> Any:
     return processor
 
 
-def project_out(attn: nn.Module, out: Tensor) -> Tensor:
+def project_out(attn: Any, out: Tensor) -> Tensor:
     """Heads ``[B, H, L, D]`` side by side, through the output projection and its dropout: ``[B, L, C]``."""
-    return attn.to_out[1](attn.to_out[0](out.transpose(1, 2).flatten(2)))
+    projected: Tensor = attn.to_out[1](attn.to_out[0](out.transpose(1, 2).flatten(2)))
+    return projected
 
 
 def split_heads(tokens: Tensor, heads: int, *projections: nn.Module) -> list[Tensor]:
@@ -240,7 +241,7 @@ def split_heads(tokens: Tensor, heads: int, *projections: nn.Module) -> list[Ten
 def _call_with(arguments: tuple[str, ...]) -> Any:
     """Return a `__call__` whose signature names the arguments."""
 
-    def __call__(self: FamilyProcessor, attn: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self: FamilyProcessor, attn: Any, *args: Any, **kwargs: Any) -> Any:
         if self.site.bound_in is None or self.site.is_running:
             return self.process(attn, *args, **kwargs)
         with self.site.as_bound():
@@ -257,7 +258,7 @@ def signature_of(arguments: tuple[str, ...]) -> inspect.Signature:
     return inspect.Signature(names + [inspect.Parameter(name, kind, default=None) for name in arguments[1:]])
 
 
-def _scores_are_skipped(attn: nn.Module) -> bool:
+def _scores_are_skipped(attn: Any) -> bool:
     """Return whether a hook of diffusers has torch's attention return the values, which only the original calls."""
     hooks = getattr(getattr(attn, "_diffusers_hook", None), "hooks", None) or {}
     return any(getattr(hook, "skip_attention_scores", False) for hook in hooks.values())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sized
 from typing import TYPE_CHECKING, Any
 
 from psa_diffusers.pipelines.host import pop_subclass, push_subclass
@@ -98,7 +98,7 @@ class Listener:
         def progress_bar(pipe: Any, *args: Any, **kwargs: Any) -> Any:
             if listener._hears(pipe):
                 iterable = args[0] if args else kwargs.get("iterable")
-                listener.run.clock.begin_loop(len(iterable) if hasattr(iterable, "__len__") else None)
+                listener.run.clock.begin_loop(len(iterable) if isinstance(iterable, Sized) else None)
             return cls.progress_bar(pipe, *args, **kwargs)
 
         return progress_bar

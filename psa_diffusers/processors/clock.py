@@ -21,7 +21,7 @@ class WarmupScheduler(PipelineCallback):
     `enable_psa` makes one, feeds it in every call of the pipeline, and resets it around the call. It also works alone,
     as `pipe(..., callback_on_step_end=clock)`, for code that wants to read `step`.
 
-    A step is one step of the scheduler. Schedulers that evaluate the denoiser twice a step (Heun) tell by their `order`.
+    A step is one step of the scheduler. Schedulers that evaluate the denoiser twice a step (Heun) say so by `order`.
     Pipelines that generate in segments (windows, chunks, stages) begin at step 0 in each of them.
 
     Who tells the step, the first that can:
@@ -230,4 +230,4 @@ def _memory(timestep: Any) -> tuple[int, int] | None:
     """Where a tensor begins: its storage, and the place in it."""
     if not isinstance(timestep, Tensor):
         return None
-    return timestep.untyped_storage().data_ptr(), timestep.storage_offset()
+    return timestep.untyped_storage().data_ptr(), int(timestep.storage_offset())

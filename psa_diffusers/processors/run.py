@@ -150,9 +150,7 @@ class Run:
             self._why_dense_steps[why_dense] += 1
 
     def _is_asked(self) -> bool:
-        return bool(
-            not self.clock.idle or self.preset.steps or self.recorder is not None or self.kept.steps > 1
-        )
+        return bool(not self.clock.idle or self.preset.steps or self.recorder is not None or self.kept.steps > 1)
 
     def _read_length(self, pipe: Any) -> None:
         order = getattr(getattr(pipe, "scheduler", None), "order", 1)
@@ -185,7 +183,9 @@ class Run:
         logger.warning(
             "nothing ran sparse in this call although PSA is on: %s. %s",
             reason,
-            "lower warmup_steps" if reason == "warm-up" else "enable_psa(pipe, report=True) and psa_report(pipe) tell more",
+            "lower warmup_steps"
+            if reason == "warm-up"
+            else "enable_psa(pipe, report=True) and psa_report(pipe) tell more",
         )
 
     def _forget(self) -> None:
@@ -249,7 +249,13 @@ class Site:
         self._names = tuple(inspect.signature(type(denoiser).forward).parameters)[1:]
         self._handles: list[Handle] = []
         self.bound_in: Forward | None = None
-        self._forget()
+        self.is_running = False
+        self.grid: Grid | None = None
+        self.sizes: Tensor | None = None
+        self.context: int | None = None
+        self.text_lengths: Tensor | None = None
+        self.branch: Branch | None = None
+        self.dense = ""
 
     def attach(self, denoiser: nn.Module) -> None:
         """Listen to the forwards of the denoiser."""
@@ -302,11 +308,7 @@ class Site:
 
     def _forget(self) -> None:
         self.is_running = False
-        self.grid: Grid | None = None
-        self.sizes: Tensor | None = None
-        self.context: int | None = None
-        self.text_lengths: Tensor | None = None
-        self.branch: Branch | None = None
+        self.grid = self.sizes = self.context = self.text_lengths = self.branch = None
         self.dense = ""
 
     def _remember_for_recomputation(self, denoiser: nn.Module) -> None:
@@ -363,7 +365,7 @@ def _index_of(pipe: Any) -> int | None:
     step = getattr(getattr(pipe, "guider", None), "_step", None)
     if isinstance(step, int):
         return step
-    scheduler = getattr(pipe, "scheduler", None)
+    scheduler: Any = getattr(pipe, "scheduler", None)
     if not hasattr(scheduler, "step_index"):
         return None
     index, first = scheduler.step_index, getattr(scheduler, "begin_index", None)

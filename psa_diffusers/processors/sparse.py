@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from functools import partial
 from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 from psa_diffusers.attention import needs_grad, psa_attention, say_once
 from psa_diffusers.models.registry import Grid
 from psa_diffusers.ops.types import Schedule
-from psa_diffusers.presets import preset_of_key
+from psa_diffusers.presets import PSAPreset, preset_of_key
 from psa_diffusers.processors import ulysses
 from psa_diffusers.processors.recorder import Measured
 from psa_diffusers.processors.reuse import Branch
@@ -34,6 +33,10 @@ class Place(NamedTuple):
     text_tokens: int
     text_first: bool
     sample: tuple[int, int] | None = None
+
+    def arguments(self) -> dict[str, Any]:
+        """The same for `psa_attention`."""
+        return {"grid": self.grid, "text_tokens": self.text_tokens, "text_first": self.text_first}
 
 
 class Tap(Protocol):
@@ -127,6 +130,12 @@ class SparseCalls:
             self._note("sparse", Measured(reasons[0], torch.stack(densities).mean(), all(kept)), tokens, grid)
         return out
 
+    def _text_lengths(self) -> Tensor:
+        lengths = self.site.text_lengths
+        if lengths is None:
+            raise RuntimeError(f"{self.layer} cannot run sparse: the inputs of the denoiser do not tell valid text")
+        return lengths
+
     def _grid(self) -> Grid:
         grid = self.site.grid
         if grid is None:
@@ -166,18 +175,19 @@ class SparseCalls:
         if ulysses.context_parallel(self.original) is not None:
             return self._attend_in_parallel(q, k, v, place, branch, why_new)
         if self.site.run.recorder is None and branch is None:
-            return psa_attention(q, k, v, self.preset, **_arguments(place)), None
+            return _attention(q, k, v, self.preset, place), None
         return self._attend_observed(q, k, v, place, branch, why_new)
 
     @torch.compiler.disable  # communicates, and the order of the heads changes
     def _attend_in_parallel(
         self, q: Tensor, k: Tensor, v: Tensor, place: Place, branch: Branch | None, why_new: str
     ) -> tuple[Tensor, Measured | None]:
-        config, used = ulysses.context_parallel(self.original), []
+        config = ulysses.context_parallel(self.original)
+        used: list[tuple[Schedule, bool]] = []
 
         def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            out, *schedule = self._attend_or_reuse(q, k, v, place, branch)
-            used.append(schedule)
+            out, schedule, is_kept = self._attend_or_reuse(q, k, v, place, branch)
+            used.append((schedule, is_kept))
             return out
 
         deals = self.dealer.is_needed(self.preset, q.shape[1], config.ulysses_degree)
@@ -200,11 +210,16 @@ class SparseCalls:
         self, q: Tensor, k: Tensor, v: Tensor, place: Place, branch: Branch | None
     ) -> tuple[Tensor, Schedule, bool]:
         """Return output, schedule, and whether the schedule is that of an earlier step, which the branch has kept."""
-        attention = partial(psa_attention, q, k, v, self.preset, **_arguments(place), return_schedule=True)
+
+        def attention(schedule: Schedule | None = None) -> tuple[Tensor, Schedule]:
+            out: Any = psa_attention(q, k, v, self.preset, **where, schedule=schedule, return_schedule=True)
+            return out
+
+        where = place.arguments()
         if branch is None:
             return *attention(), False
         shape = (q.shape, q.dtype, q.device, self.preset.key, place.grid, place.text_tokens, place.text_first)
-        return branch.attend(self.layer, shape, lambda schedule: attention(schedule=schedule))
+        return branch.attend(self.layer, shape, attention)
 
     def _is_one_graph(self) -> bool:
         """Whether compiled code serves videos of any size: the grid is then an input of the graph, not a constant.
@@ -238,8 +253,10 @@ class SparseCalls:
             )
 
 
-def _arguments(place: Place) -> dict[str, Any]:
-    return {"grid": place.grid, "text_tokens": place.text_tokens, "text_first": place.text_first}
+def _attention(q: Tensor, k: Tensor, v: Tensor, preset: PSAPreset, place: Place) -> Tensor:
+    out = psa_attention(q, k, v, preset, **place.arguments())
+    assert isinstance(out, Tensor)  # no schedule was asked for
+    return out
 
 
 @torch.compiler.assume_constant_result  # runs while torch compiles, not in compiled code
@@ -273,7 +290,7 @@ def _padded_op(
 
     def attend(q: Tensor, k: Tensor, v: Tensor, text_tokens: int, sample: tuple[int, int] | None) -> Tensor:
         preset = preset_of_key(preset_key)
-        return psa_attention(q, k, v, preset, grid=grid, text_tokens=text_tokens, text_first=False)
+        return _attention(q, k, v, preset, Place(grid, text_tokens, False))
 
     return _without_padding(attend, q, k, v, text_lengths, text_tokens).contiguous()
 
@@ -292,7 +309,7 @@ def _grid_op(
         say_once(f"PSA runs dense: {q.shape[2] - text_tokens} video tokens do not fill the grid {grid}")
         return nn.functional.scaled_dot_product_attention(q, k, v)
     preset = preset_of_key(preset_key)
-    return psa_attention(q, k, v, preset, grid=grid, text_tokens=text_tokens, text_first=text_first)
+    return _attention(q, k, v, preset, Place(grid, text_tokens, text_first))
 
 
 @_grid_op.register_fake

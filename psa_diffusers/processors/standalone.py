@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import logging
 import weakref
-from functools import partial
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from psa_diffusers.models.registry import attention_paths, find_family, supported
+from psa_diffusers.models.registry import attention_paths, family_of, find_family, supported
 from psa_diffusers.pipelines.host import add_hooks, running_module
 from psa_diffusers.presets import PSAPreset
 from psa_diffusers.processors.base import signature_of
@@ -95,7 +95,7 @@ class PSAProcessor:
         """Recorders of the denoisers served, for `psa_report`."""
         return [run.recorder for run in self._runs.values() if run.recorder is not None]
 
-    def __call__(self, attn: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, attn: Any, *args: Any, **kwargs: Any) -> Any:
         processor = self._processors.get(attn)
         if processor is None:
             processor = self._bind(attn)
@@ -108,10 +108,10 @@ class PSAProcessor:
     __call__.__signature__ = signature_of(_ARGUMENTS)  # type: ignore[attr-defined]
 
     @torch.compiler.disable  # once a denoiser; it walks the Python stack
-    def _bind(self, attn: nn.Module) -> Any:
+    def _bind(self, attn: Any) -> Any:
         """Make the processors of the denoiser that is running, and listen to its forwards from now on."""
         denoiser, args, kwargs = _running_denoiser(attn)
-        family = find_family(denoiser)
+        family = family_of(denoiser)
         preset, title = resolve_preset(self.preset, self.config, self.overrides, family=family, denoiser=denoiser)
         is_given = "warmup_steps" in self.overrides or isinstance(self.preset, PSAPreset)
         run = self._runs.get(preset)
@@ -147,7 +147,7 @@ class PSAProcessor:
         return self._processors[attn]
 
 
-def _running_denoiser(attn: nn.Module) -> tuple[nn.Module, tuple[Any, ...], dict[str, Any]]:
+def _running_denoiser(attn: Any) -> tuple[nn.Module, tuple[Any, ...], dict[str, Any]]:
     """Find the denoiser that `attn` is running in, and the inputs of its forward."""
     found = running_module(
         lambda module: find_family(module) is not None and any(part is attn for part in module.modules())
