@@ -8,8 +8,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from torch import nn
-
 from psa_diffusers.models.grid import read_latents
 from psa_diffusers.models.registry import Family, SectionRule, make_instance_of, register_family
 from psa_diffusers.processors.base import FamilyProcessor, Projected, split_heads
@@ -26,7 +24,7 @@ class AllegroPSAProcessor(FamilyProcessor):
 
     arguments = ("hidden_states", "encoder_hidden_states", "attention_mask", "temb", "image_rotary_emb")
 
-    def project(self, attn: nn.Module, given: Mapping[str, Any]) -> Projected:
+    def project(self, attn: Any, given: Mapping[str, Any]) -> Projected:
         heads = split_heads(given["hidden_states"], attn.heads, attn.to_q, attn.to_k, attn.to_v)
         q, k, v = (x.transpose(1, 2) for x in heads)
         if (angles := given.get("image_rotary_emb")) is not None:

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from psa_diffusers.models.registry import Grid
 from psa_diffusers.processors.base import TEXT_ARGUMENTS, FamilyProcessor, Projected, project_out
@@ -21,7 +21,7 @@ class CogVideoXPSAProcessor(FamilyProcessor):
     arguments = TEXT_ARGUMENTS
     text_in_sequence = True
 
-    def project(self, attn: nn.Module, given: Mapping[str, Any]) -> Projected:
+    def project(self, attn: Any, given: Mapping[str, Any]) -> Projected:
         text = given["encoder_hidden_states"]
         tokens = torch.cat([text, given["hidden_states"]], dim=1)
         if "Fused" in type(self.original).__name__:
@@ -34,7 +34,7 @@ class CogVideoXPSAProcessor(FamilyProcessor):
         rotate_behind(text.shape[1], (q, k), given.get("image_rotary_emb"))
         return q, k, v
 
-    def put_out(self, attn: nn.Module, out: Tensor, given: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+    def put_out(self, attn: Any, out: Tensor, given: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
         tokens, text = project_out(attn, out), given["encoder_hidden_states"].shape[1]
         return tokens[:, text:], tokens[:, :text]
 
@@ -61,7 +61,7 @@ def read_grid(config: Any, inputs: Mapping[str, Any]) -> Grid | None:
     return -(-frames // depth), height // config.patch_size, width // config.patch_size
 
 
-def make_default(config: Any, path: str, attn: nn.Module) -> Any:
+def make_default(config: Any, path: str, attn: Any) -> Any:
     from diffusers.models.attention_processor import CogVideoXAttnProcessor2_0, FusedCogVideoXAttnProcessor2_0
 
     return FusedCogVideoXAttnProcessor2_0() if attn.fused_projections else CogVideoXAttnProcessor2_0()

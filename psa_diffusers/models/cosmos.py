@@ -8,8 +8,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from torch import nn
-
 from psa_diffusers.models.grid import read_latents
 from psa_diffusers.models.registry import Family, SectionRule, register_family
 from psa_diffusers.processors.base import TEXT_ARGUMENTS, FamilyProcessor, Projected, split_heads
@@ -25,7 +23,7 @@ class CosmosPSAProcessor(FamilyProcessor):
 
     arguments = TEXT_ARGUMENTS
 
-    def project(self, attn: nn.Module, given: Mapping[str, Any]) -> Projected:
+    def project(self, attn: Any, given: Mapping[str, Any]) -> Projected:
         heads = split_heads(given["hidden_states"], attn.heads, attn.to_q, attn.to_k, attn.to_v)
         q, k, v = (x.transpose(1, 2) for x in heads)
         q, k = attn.norm_q(q), attn.norm_k(k)
@@ -36,7 +34,7 @@ class CosmosPSAProcessor(FamilyProcessor):
         return q, k, v
 
 
-def make_default(config: Any, path: str, attn: nn.Module) -> Any:
+def make_default(config: Any, path: str, attn: Any) -> Any:
     from diffusers.models.transformers import transformer_cosmos
 
     kind = "2_5" if type(attn).__name__ == "CosmosAttention" else "2_0"

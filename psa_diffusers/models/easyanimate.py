@@ -33,18 +33,18 @@ class EasyAnimatePSAProcessor(FamilyProcessor):
     arguments = TEXT_ARGUMENTS
     text_in_sequence = True
 
-    def project(self, attn: nn.Module, given: Mapping[str, Any]) -> Projected:
+    def project(self, attn: Any, given: Mapping[str, Any]) -> Projected:
         text = given["encoder_hidden_states"]
         q, k, v = project(attn, text, given["hidden_states"])
         rotate_behind(text.shape[1], (q, k), given.get("image_rotary_emb"))
         return q, k, v
 
-    def put_out(self, attn: nn.Module, out: Tensor, given: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+    def put_out(self, attn: Any, out: Tensor, given: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
         tokens, text = out.transpose(1, 2).flatten(2), given["encoder_hidden_states"].shape[1]
         return project_back(attn, tokens[:, text:], tokens[:, :text])
 
 
-def project(attn: nn.Module, text: Tensor, video: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def project(attn: Any, text: Tensor, video: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return normed q, k and v ``[B, H, L, D]`` of text and then video."""
 
     def heads_of(tokens: Tensor, *projections: nn.Module) -> list[Tensor]:

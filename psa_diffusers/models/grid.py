@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,25 +24,55 @@ def read_latents(config: Any, inputs: Mapping[str, Any]) -> Grid | None:
     return frames, height, width
 
 
+class Placed(NamedTuple):
+    """A grid in a sequence of tokens.
+
+    Attributes:
+        grid: Frames, height, width in tokens.
+        first: Tokens that stand before it.
+    """
+
+    grid: Grid
+    first: int
+
+
+def read_coordinates(coordinates: Tensor) -> Grid:
+    """The grid that `find_grid` finds."""
+    return find_grid(coordinates).grid
+
+
 # what it returns depends on values: compiled code has to stop for it
 @torch.compiler.disable
-def read_coordinates(coordinates: Tensor) -> Grid:
-    """Positions ``[3, L]`` (time, row, column) of tokens that end in a grid, frames slowest; other tokens may precede.
+def find_grid(coordinates: Tensor) -> Placed:
+    """Find the video among tokens with positions ``[3, L]`` (time, row, column); context may stand on either side.
 
-    The grid is the longest end of the sequence in which every frame has the rows and columns of the last, and is later
-    than the frame before. Keyframes, which precede it, do not continue it: the grid begins with the earliest time.
+    A run is a piece of the sequence, frames slowest, in which every frame has the rows and columns of the one before
+    and is later. Of the runs that begin the earliest (before 0 does not count) the longest is the video, the last one
+    of several: keyframes begin later, and what a window keeps of the one before it is shorter than its own frames.
     """
     coordinates = coordinates.cpu()
-    time, row = coordinates[0], coordinates[1]
-    in_frame = time == time[-1]
-    area = _count_at_end(in_frame)
-    width = _count_at_end(in_frame & (row == row[-1]))
-    rest = len(time) % area
-    frames = coordinates[:, rest:].unflatten(1, (-1, area))
-    alike = (frames[1:] == frames[1:, -1:]).all(2).all(0) & (frames[0] == frames[0, :, :1]).all(1)
-    later = frames[0, 1:, 0] > frames[0, :-1, 0]
-    return 1 + _count_at_end(alike[:-1] & later), area // width, width
+    sizes = _count_equal(coordinates[0])
+    weight = Counter[int]()
+    for size in sizes:
+        weight[size] += size
+    area = min(weight, key=lambda size: (-weight[size], size))  # two frames of one time look like one of twice the size
+    runs: list[tuple[float, int, int]] = []  # time of the first frame, first token, frames
+    start = 0
+    for size in sizes:
+        for first in range(start, start + size, area) if size % area == 0 else ():
+            time, began, frames = runs[-1] if runs else (0.0, 0, 0)
+            now, before = coordinates[:, first : first + area], coordinates[:, first - area : first]
+            if frames and began + frames * area == first and now[0, 0] > before[0, 0] and now[1:].equal(before[1:]):
+                runs[-1] = time, began, frames + 1
+            else:
+                runs.append((float(now[0, 0]), first, 1))
+        start += size
+    earliest = min((time for time, _, _ in runs if time >= 0), default=min(time for time, _, _ in runs))
+    _, first, frames = max((run for run in runs if run[0] == earliest), key=lambda run: (run[2], run[1]))
+    width = _count_equal(coordinates[1, first : first + area])[0]
+    return Placed((frames, area // width, width), first)
 
 
-def _count_at_end(flags: Tensor) -> int:
-    return int(flags.flip(0).long().cumprod(0).sum())
+def _count_equal(x: Tensor) -> list[int]:
+    """Lengths of the pieces of a line in which neighbours are equal."""
+    return torch.unique_consecutive(x, return_counts=True)[1].tolist()

@@ -9,7 +9,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import nn
 
 from psa_diffusers.models.grid import read_latents
 from psa_diffusers.models.registry import Family, SectionRule, register_family
@@ -34,7 +33,7 @@ class HeliosPSAProcessor(FamilyProcessor):
     )
     has_context = True
 
-    def project(self, attn: nn.Module, given: Mapping[str, Any]) -> Projected:
+    def project(self, attn: Any, given: Mapping[str, Any]) -> Projected:
         q, k, v = project(attn, given["hidden_states"])
         if (angles := given.get("rotary_emb")) is not None:
             from diffusers.models.transformers.transformer_helios import apply_rotary_emb_transposed

@@ -30,7 +30,7 @@ class JointPSAProcessor(FamilyProcessor):
     text_in_sequence = True
     masks_padding = True
 
-    def project(self, attn: nn.Module, given: Mapping[str, Any]) -> Projected:
+    def project(self, attn: Any, given: Mapping[str, Any]) -> Projected:
         video, text = given["hidden_states"], given["encoder_hidden_states"]
         q, k, v = project(attn, video, text, given.get("image_rotary_emb"))
         return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
@@ -41,10 +41,10 @@ class JointPSAProcessor(FamilyProcessor):
         # PSA wants the video in front and all that is read in full behind it
         end = q.shape[2] - text
         q, k, v = (roll(x, context, end) for x in (q, k, v))
-        lengths = self.site.text_lengths + context
+        lengths = self._text_lengths() + context
         return roll(self.sparse_padded(q, k, v, text_tokens=text + context, text_lengths=lengths), end - context, end)
 
-    def put_out(self, attn: nn.Module, out: Tensor, given: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+    def put_out(self, attn: Any, out: Tensor, given: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
         tokens, text = out.transpose(1, 2).flatten(2), given["encoder_hidden_states"].shape[1]
         return project_back(attn, tokens[:, :-text], tokens[:, -text:])
 
@@ -56,7 +56,7 @@ def rotate(x: Tensor, rotary: tuple[Tensor, Tensor] | None) -> Tensor:
 
 
 def project(
-    attn: nn.Module,
+    attn: Any,
     video: Tensor,
     text: Tensor,
     rotary: tuple[Tensor, Tensor] | None,
@@ -82,7 +82,7 @@ def norm(module: nn.Module | None, x: Tensor) -> Tensor:
     return x if module is None else module(x)
 
 
-def project_back(attn: nn.Module, video: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
+def project_back(attn: Any, video: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
     """Return the outputs of a block; those with one stream project later."""
     if getattr(attn, "to_out", None) is not None:
         video = attn.to_out[1](attn.to_out[0](video))
@@ -114,7 +114,7 @@ def make_default_of(upstream: str) -> Callable[[Any, str, nn.Module], Any]:
     make = make_instance_of(upstream)
     make_refiners = make_instance_of("diffusers.models.attention_processor.AttnProcessor2_0")
 
-    def make_default(config: Any, path: str, attn: nn.Module) -> Any:
+    def make_default(config: Any, path: str, attn: Any) -> Any:
         return (make_refiners if "token_refiner" in path else make)(config, path, attn)
 
     return make_default

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from psa_diffusers.models.registry import Family, Grid, SectionRule, register_family
 from psa_diffusers.processors.base import FamilyProcessor, Projected, split_heads
@@ -25,7 +25,7 @@ class Kandinsky5PSAProcessor(FamilyProcessor):
 
     arguments = ("hidden_states", "encoder_hidden_states", "rotary_emb", "sparse_params")
 
-    def project(self, attn: nn.Module, given: Mapping[str, Any]) -> Projected:
+    def project(self, attn: Any, given: Mapping[str, Any]) -> Projected:
         projections = (attn.to_query, attn.to_key, attn.to_value)
         q, k, v = split_heads(given["hidden_states"], attn.num_heads, *projections)
         q, k = attn.query_norm(q.float()).type_as(q), attn.key_norm(k.float()).type_as(k)
@@ -33,13 +33,13 @@ class Kandinsky5PSAProcessor(FamilyProcessor):
             q, k = rotate(q, rotations), rotate(k, rotations)
         return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
 
-    def put_out(self, attn: nn.Module, out: Tensor, given: Mapping[str, Any]) -> Tensor:
+    def put_out(self, attn: Any, out: Tensor, given: Mapping[str, Any]) -> Tensor:
         return attn.out_layer(out.transpose(1, 2).flatten(2))
 
     def why_not(self, given: Mapping[str, Any]) -> str:
         return "the model's own block-sparse attention is in use" if given.get("sparse_params") is not None else ""
 
-    def head_dim(self, attn: nn.Module) -> int:
+    def head_dim(self, attn: Any) -> int:
         return attn.to_query.out_features // attn.num_heads
 
 

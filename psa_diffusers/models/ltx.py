@@ -8,9 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from torch import nn
-
-from psa_diffusers.models.grid import read_coordinates
+from psa_diffusers.models.grid import find_grid, read_coordinates
 from psa_diffusers.models.registry import Family, Grid, SectionRule, register_family
 from psa_diffusers.processors.base import TEXT_ARGUMENTS, FamilyProcessor, Projected
 
@@ -30,7 +28,7 @@ class LTXPSAProcessor(FamilyProcessor):
     arguments = TEXT_ARGUMENTS
     has_context = True
 
-    def project(self, attn: nn.Module, given: Mapping[str, Any]) -> Projected:
+    def project(self, attn: Any, given: Mapping[str, Any]) -> Projected:
         tokens = given["hidden_states"]
         q, k, v = attn.norm_q(attn.to_q(tokens)), attn.norm_k(attn.to_k(tokens)), attn.to_v(tokens)
         if (angles := given.get("image_rotary_emb")) is not None:
@@ -42,11 +40,16 @@ class LTXPSAProcessor(FamilyProcessor):
 
 
 def read_grid(config: Any, inputs: Mapping[str, Any]) -> Grid | None:
-    """Sizes in tokens; where keyframes may precede the grid there are positions instead."""
+    """Sizes in tokens; where other tokens may stand beside the grid there are positions instead."""
     if inputs.get("video_coords") is not None:
         return read_coordinates(inputs["video_coords"][0])
-    sizes = tuple(inputs.get(name) for name in ("num_frames", "height", "width"))
-    return None if None in sizes else sizes
+    frames, height, width = (inputs.get(name) for name in ("num_frames", "height", "width"))
+    return None if frames is None or height is None or width is None else (frames, height, width)
+
+
+def read_context(config: Any, inputs: Mapping[str, Any]) -> int | None:
+    positions = inputs.get("video_coords")
+    return None if positions is None else find_grid(positions[0]).first
 
 
 register_family(
@@ -55,6 +58,7 @@ register_family(
         denoisers=("LTXVideoTransformer3DModel",),
         attentions=r"transformer_blocks\.\d+\.attn1",
         read_grid=read_grid,
+        read_context=read_context,
         text_first=True,
         sections=(SectionRule("LTX-Video", 32, 28), SectionRule("LTX-Video", 32, 48)),
         processor=LTXPSAProcessor,

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from psa_diffusers.models.registry import Family, Grid, SectionRule, register_family
 from psa_diffusers.processors.base import FamilyProcessor, Projected, project_out
@@ -36,7 +36,7 @@ class LTX2PSAProcessor(FamilyProcessor):
     )
     has_context = True
 
-    def project(self, attn: nn.Module, given: Mapping[str, Any]) -> Projected:
+    def project(self, attn: Any, given: Mapping[str, Any]) -> Projected:
         tokens = given["hidden_states"]
         q, k, v = attn.norm_q(attn.to_q(tokens)), attn.norm_k(attn.to_k(tokens)), attn.to_v(tokens)
         if (angles := given.get("query_rotary_emb")) is not None:
@@ -45,7 +45,7 @@ class LTX2PSAProcessor(FamilyProcessor):
         q, k, v = (x.unflatten(2, (attn.heads, -1)).transpose(1, 2) for x in (q, k, v))
         return q, k, v
 
-    def put_out(self, attn: nn.Module, out: Tensor, given: Mapping[str, Any]) -> Tensor:
+    def put_out(self, attn: Any, out: Tensor, given: Mapping[str, Any]) -> Tensor:
         if getattr(attn, "to_gate_logits", None) is not None:
             gates = 2.0 * torch.sigmoid(attn.to_gate_logits(given["hidden_states"]))
             out = out * gates.transpose(1, 2).unsqueeze(-1)
@@ -64,11 +64,11 @@ def find_rotation(kind: str) -> Any:
 
 def read_grid(config: Any, inputs: Mapping[str, Any]) -> Grid | None:
     """Sizes in tokens."""
-    sizes = tuple(inputs.get(name) for name in ("num_frames", "height", "width"))
-    return None if None in sizes else sizes
+    frames, height, width = (inputs.get(name) for name in ("num_frames", "height", "width"))
+    return None if frames is None or height is None or width is None else (frames, height, width)
 
 
-def make_default(config: Any, path: str, attn: nn.Module) -> Any:
+def make_default(config: Any, path: str, attn: Any) -> Any:
     from diffusers.models.transformers import transformer_ltx2
 
     is_perturbed = getattr(config, "perturbed_attn", False)

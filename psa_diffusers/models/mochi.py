@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from psa_diffusers.models.grid import read_latents
 from psa_diffusers.models.joint_attention import JointPSAProcessor, count_valid, project
@@ -26,7 +26,7 @@ UPSTREAM_DIGESTS = {
 class MochiPSAProcessor(JointPSAProcessor):
     """Pyramid sparse self-attention of a Mochi block."""
 
-    def project(self, attn: nn.Module, given: Mapping[str, Any]) -> Projected:
+    def project(self, attn: Any, given: Mapping[str, Any]) -> Projected:
         video, text = given["hidden_states"], given["encoder_hidden_states"]
         q, k, v = project(attn, video, text, given.get("image_rotary_emb"), rotate)
         return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)

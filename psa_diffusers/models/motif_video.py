@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from psa_diffusers.models.grid import read_latents
 from psa_diffusers.models.joint_attention import JointPSAProcessor, count_valid
@@ -28,7 +28,7 @@ class MotifVideoPSAProcessor(JointPSAProcessor):
         frames, height, width = self._grid()
         return self.sparse(q, k, v, grid=(2 * frames, height, width))
 
-    def put_out(self, attn: nn.Module, out: Tensor, given: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+    def put_out(self, attn: Any, out: Tensor, given: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
         if not is_decoder(given):
             return super().put_out(attn, out, given)
         first, second = out.transpose(1, 2).flatten(2).chunk(2, dim=1)
@@ -42,6 +42,9 @@ def is_decoder(given: Mapping[str, Any]) -> bool:
 
 def read_text(config: Any, inputs: Mapping[str, Any]) -> Tensor | None:
     """All image tokens and the valid ones of the text behind them."""
+    text: Any
+    mask: Any
+    image: Any
     text, mask, image = (inputs.get(n) for n in ("encoder_hidden_states", "encoder_attention_mask", "image_embeds"))
     lengths = torch.full((len(text),), text.shape[1]) if mask is None else count_valid(mask)
     if lengths is None or image is None:

@@ -11,6 +11,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from psa_diffusers.pipelines.host import unwrap
+
 Grid = tuple[int, int, int]
 """Frames, height, width in tokens."""
 
@@ -56,6 +58,8 @@ class Family:
         text_first: Whether a joint sequence has its text in front; True where there is no text in the sequence.
         read_text: `(config, inputs of forward by name)` to the number of valid text tokens of each sample, ``[B]``
             integers on the CPU, None if the padding is not at the end; for sequences that end in padded text.
+        read_context: `(config, inputs of forward by name)` to the number of tokens that stand before the grid, where
+            other tokens may stand before and behind it; None: where `text_first` says.
         timesteps_rise: Whether the timestep that the denoiser is given rises from step to step, as Mochi's does.
         sections: Sizes with presets of their own, the first that fits exactly wins. None: the section `default`.
         read_size: Config to heads and layers, by which `sections` are told apart.
@@ -73,6 +77,7 @@ class Family:
     processor: Callable[..., Any]
     text_first: bool = True
     read_text: Callable[[Any, Mapping[str, Any]], Tensor | None] | None = None
+    read_context: Callable[[Any, Mapping[str, Any]], int | None] | None = None
     timesteps_rise: bool = False
     sections: Sequence[SectionRule] = ()
     read_size: Callable[[Any], tuple[int, int]] = read_size
@@ -81,12 +86,12 @@ class Family:
     sparse: str = "every video self-attention"
     dense: str = ""
 
-    def self_attentions(self, denoiser: nn.Module) -> dict[str, nn.Module]:
+    def self_attentions(self, denoiser: nn.Module) -> dict[str, Any]:
         """Return the modules to make sparse by their path, in the order of the model."""
         paths = attention_paths(denoiser)
         return {path: module for path, module in paths.items() if re.fullmatch(self.attentions, path)}
 
-    def default_processor(self, denoiser: nn.Module, path: str, attention: nn.Module) -> Any:
+    def default_processor(self, denoiser: nn.Module, path: str, attention: Any) -> Any:
         """Return a new processor such as diffusers would give the attention at `path`."""
         if self.make_default is not None:
             return self.make_default(denoiser.config, path, attention)
@@ -130,7 +135,7 @@ CANNOT_GAIN = {
 """Video denoisers that PSA cannot make faster, and why."""
 
 
-def attention_paths(denoiser: nn.Module) -> dict[str, nn.Module]:
+def attention_paths(denoiser: nn.Module) -> dict[str, Any]:
     """Return all modules by path, as if no block had been compiled on its own."""
     return {name.replace("_orig_mod.", ""): module for name, module in denoiser.named_modules()}
 
@@ -167,11 +172,6 @@ def register_family(family: Family) -> Family:
 def families() -> list[Family]:
     """Return the registered families, once each."""
     return list(dict.fromkeys(_FAMILIES.values()))
-
-
-def unwrap(denoiser: nn.Module) -> nn.Module:
-    """Return the module inside the wrapper that `torch.compile(module)` returns."""
-    return getattr(denoiser, "_orig_mod", denoiser)
 
 
 def find_family(denoiser: object) -> Family | None:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import nn
-
 from psa_diffusers.models.grid import read_latents
 from psa_diffusers.models.registry import Family, SectionRule, register_family
 from psa_diffusers.models.wan_attention import WanPSAProcessor
@@ -20,7 +18,7 @@ The second is diffusers 0.35; in later versions a function of that name makes th
 """
 
 
-def make_default(config: Any, path: str, attn: nn.Module) -> Any:
+def make_default(config: Any, path: str, attn: Any) -> Any:
     from diffusers.models.transformers import transformer_skyreels_v2 as upstream
 
     made = getattr(upstream, "SkyReelsV2AttnProcessor", None) or upstream.SkyReelsV2AttnProcessor2_0

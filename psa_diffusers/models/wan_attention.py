@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from psa_diffusers.processors.base import FamilyProcessor, Projected
 
@@ -20,14 +20,14 @@ class WanPSAProcessor(FamilyProcessor):
 
     arguments = ("hidden_states", "encoder_hidden_states", "attention_mask", "rotary_emb")
 
-    def project(self, attn: nn.Module, given: Mapping[str, Any]) -> Projected:
+    def project(self, attn: Any, given: Mapping[str, Any]) -> Projected:
         q, k, v = project(attn, given["hidden_states"])
         if (angles := given.get("rotary_emb")) is not None:
             q, k = rotate(q, angles), rotate(k, angles)
         return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
 
 
-def project(attn: nn.Module, tokens: Tensor) -> list[Tensor]:
+def project(attn: Any, tokens: Tensor) -> list[Tensor]:
     """Return normed q, normed k, and v ``[B, L, H, D]``."""
     if getattr(attn, "fused_projections", False):
         q, k, v = attn.to_qkv(tokens).chunk(3, dim=-1)

@@ -3,25 +3,27 @@
 from __future__ import annotations
 
 import logging
+import weakref
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from psa_diffusers.models.registry import Family, find_family, supported, unwrap
-from psa_diffusers.pipelines.callback import call_with_clock
+from psa_diffusers.models.registry import Family, attention_paths, find_family, supported
 from psa_diffusers.pipelines.host import (
+    add_hooks,
     add_to_pipelines,
     is_running,
-    pop_subclass,
-    push_subclass,
+    modules_of,
     refuse_impossible,
     register_for_guiders,
+    unwrap,
 )
 from psa_diffusers.pipelines.state import Switch, set_state, state_of
 from psa_diffusers.presets import PSAPreset, load_preset
 from psa_diffusers.processors import ulysses
 from psa_diffusers.processors.base import FamilyProcessor
+from psa_diffusers.processors.calls import Listener
 from psa_diffusers.processors.choice import resolve_preset
 from psa_diffusers.processors.run import Run, Site
 from psa_diffusers.processors.standalone import PSAProcessor
@@ -44,6 +46,10 @@ def enable_psa(
     Size of the video, text length, guidance and the denoising step are read from what runs. Calls that cannot be
     sparse (warm-up steps, an attention mask, an unknown shape) run as before; `psa_report` says which and why.
 
+    On a pipeline that has PSA already the preset changes; if the new one is wrong, everything stays as it was. A
+    denoiser that is exchanged later gets PSA at the next call. A deep copy or a pickle of the pipeline has PSA on, by a
+    switch of its own.
+
     Args:
         pipe: A pipeline with a denoiser of a known family; of two experts (Wan 2.2) both are switched.
         preset: Name of a preset of the model's section in `configs/attention_config.yaml`, a `PSAPreset`, or None for
@@ -58,13 +64,15 @@ def enable_psa(
         The pipeline itself.
 
     Raises:
-        RuntimeError: If PSA is on already, the pipeline is running, or its denoiser runs ring attention over GPUs.
+        RuntimeError: If a denoiser has PSA through another pipeline, the pipeline is running, or its denoiser runs ring
+            attention over GPUs.
         TypeError: If no denoiser of the pipeline belongs to a known family, or `preset` is of a wrong type.
         ValueError: If there is no such preset, or an override is wrong.
             Whatever is raised, nothing has been changed.
     """
     found = find_denoisers(pipe)
-    _check_free(pipe, found)
+    before = state_of(pipe).switch
+    _check_free(pipe, found, before)
     _, denoiser, family = found[0]
     of_lora = state_of(pipe).default_preset
     if preset is None and of_lora is not None:
@@ -72,23 +80,21 @@ def enable_psa(
         title = f"PSA preset {resolved.name!r} of section {of_lora[0]}, which the LoRA was trained with"
     else:
         resolved, title = resolve_preset(preset, config, overrides, family=family, denoiser=denoiser, pipe=pipe)
-    run = Run(resolved, title, report=report)
-    sites = [(denoiser, Site(name, denoiser, family, run)) for name, denoiser, family in found]
-    switch = Switch(run, {"preset": preset, "config": config, "report": report, **overrides}, sites)
-    for denoiser, site in sites:
-        switch.processors += _make_processors(denoiser, site)
-    _refuse_ring(switch)
+    # a count of steps that nobody chose for this pipeline gives way where it would leave no sparse step
+    is_given = "warmup_steps" in overrides or isinstance(preset, PSAPreset)
+    run = Run(resolved, title, report=report, follows=not is_given)
+    switch = Switch(run, {"preset": preset, "config": config, "report": report, **overrides})
+    made = {name: _make_processors(denoiser, Site(name, denoiser, family, run)) for name, denoiser, family in found}
+    _refuse_ring(run, [processor for processors in made.values() for _, processor in processors])
 
     # nothing above changes anything, nothing below can fail
-    register_for_guiders(type(processor) for _, processor in switch.processors)
-    for attention, processor in switch.processors:
-        attention.processor = processor
-    for denoiser, site in sites:
-        switch.hooks.append(denoiser.register_forward_pre_hook(refuse_impossible, with_kwargs=True))
-        switch.hooks.append(denoiser.register_forward_pre_hook(site.before_forward, with_kwargs=True))
+    if before is not None:
+        _take_off(pipe, before)
+    for name, denoiser, _ in found:
+        _put_in(switch, denoiser, made[name])
+    switch.listener = Listener(pipe, run, before=_bring_up_to_date)
+    run.owner = weakref.ref(pipe)
     set_state(pipe, switch=switch)
-    switch.call = call_with_clock(type(pipe), _check_before_call)
-    switch.subclass = push_subclass(pipe, {"__call__": switch.call})
     names = " and ".join(name for name, _, _ in found)
     logger.info(
         "%s, in %d self-attentions of %s, %d warm-up steps", title, len(switch.processors), names, resolved.warmup_steps
@@ -97,27 +103,31 @@ def enable_psa(
 
 
 def disable_psa(pipe: Any) -> Any:
-    """Put back the very processor objects that `enable_psa` found. A no-op when PSA is off.
+    """Put back the very processor objects that `enable_psa` found, and take off whatever else of ours is there.
 
-    A processor that somebody else has set since then stays.
+    That is a `PSAProcessor` on a denoiser (diffusers' default processors come instead), and what another pipeline that
+    shares a denoiser has enabled. A no-op when PSA is off. A processor that somebody else has set since then stays.
 
     Args:
-        pipe: The pipeline that was given to `enable_psa`.
+        pipe: A pipeline.
 
     Returns:
         The pipeline itself.
     """
     switch = state_of(pipe).switch
-    if switch is None:
-        return pipe
-    switch.run.switch_off()
-    for attention, processor in switch.processors:
-        if attention.processor is processor:
-            attention.processor = processor.original
-    for hook in switch.hooks:
-        hook.remove()
-    set_state(pipe, switch=None)
-    pop_subclass(pipe, switch.subclass)
+    if switch is not None:
+        _take_off(pipe, switch)
+    for _, denoiser, family in _denoisers_of(pipe):
+        for layer, attention in attention_paths(denoiser).items():
+            processor = getattr(attention, "processor", None)
+            if isinstance(processor, FamilyProcessor):
+                owner = None if processor.site.run.owner is None else processor.site.run.owner()
+                if owner is not None and owner is not pipe:
+                    disable_psa(owner)
+                if attention.processor is processor:
+                    attention.processor = processor.original
+            elif isinstance(processor, PSAProcessor):
+                attention.processor = family.default_processor(denoiser, layer, attention)
     return pipe
 
 
@@ -133,11 +143,13 @@ def set_attn_processor(self: Any, processor: Any) -> None:
     Raises:
         TypeError: If the pipeline has no denoiser that takes attention processors.
     """
+    if isinstance(processor, type):
+        raise TypeError(f"set_attn_processor needs a processor, got the class: write {processor.__name__}(...)")
     if isinstance(processor, PSAProcessor):
         enable_psa(self, processor.preset, config=processor.config, report=processor.report, **processor.overrides)
         return
     names = ("transformer", "transformer_2", "unet")
-    denoisers = [getattr(self, name, None) for name in names]
+    denoisers: list[Any] = [getattr(self, name, None) for name in names]
     denoisers = [denoiser for denoiser in denoisers if hasattr(denoiser, "set_attn_processor")]
     if not denoisers:
         raise TypeError(f"{type(self).__name__} has no denoiser with set_attn_processor among {', '.join(names)}")
@@ -154,26 +166,34 @@ def find_denoisers(pipe: Any) -> list[tuple[str, nn.Module, Family]]:
             f"PSA needs a pipeline here, got the module {type(pipe).__name__}. For a denoiser alone use "
             "denoiser.set_attn_processor(PSAProcessor(...))"
         )
-    components = getattr(pipe, "components", None)
-    if not isinstance(components, dict):
+    if not isinstance(getattr(pipe, "components", None), dict):
         raise TypeError(f"PSA needs a diffusers pipeline here, got {type(pipe).__name__}")
-    modules = [(name, unwrap(part)) for name, part in components.items() if isinstance(part, nn.Module)]
-    found = [(name, part, find_family(part)) for name, part in modules]
-    found = [(name, part, family) for name, part, family in found if family is not None]
+    found = _denoisers_of(pipe)
     if not found:
-        parts = ", ".join(f"{name}: {type(part).__name__}" for name, part in modules) or "no modules"
-        known = supported(part for _, part in modules)
+        modules = {name: unwrap(part) for name, part in modules_of(pipe).items()}
+        parts = ", ".join(f"{name}: {type(part).__name__}" for name, part in modules.items()) or "no modules"
+        known = supported(modules.values())
         raise TypeError(f"PSA knows no denoiser of this {type(pipe).__name__} ({parts}). {known}")
-    return sorted(found, key=lambda entry: entry[0])
+    return found
 
 
-def _check_free(pipe: Any, found: list[tuple[str, nn.Module, Family]]) -> None:
-    if state_of(pipe).switch is not None:
-        raise RuntimeError("PSA is already enabled on this pipeline; call disable_psa(pipe) before changing the preset")
+def _denoisers_of(pipe: Any) -> list[tuple[str, nn.Module, Family]]:
+    if not isinstance(getattr(pipe, "components", None), dict):
+        return []
+    modules = [(name, unwrap(part)) for name, part in modules_of(pipe).items()]
+    found = [(name, part, find_family(part)) for name, part in modules]
+    return sorted(((name, part, family) for name, part, family in found if family is not None), key=lambda it: it[0])
+
+
+def _is_ours(processor: Any) -> bool:
+    return isinstance(processor, (FamilyProcessor, PSAProcessor))
+
+
+def _check_free(pipe: Any, found: list[tuple[str, nn.Module, Family]], switch: Switch | None) -> None:
+    own = {processor for _, processor in switch.processors} if switch is not None else set()
     for name, denoiser, _ in found:
-        if any(
-            isinstance(getattr(part, "processor", None), (FamilyProcessor, PSAProcessor)) for part in denoiser.modules()
-        ):
+        processors = [getattr(part, "processor", None) for part in denoiser.modules()]
+        if any(_is_ours(processor) and processor not in own for processor in processors):
             raise RuntimeError(
                 f"the attentions of {name} have PSA processors already, through another pipeline that shares it or a "
                 "PSAProcessor. Call disable_psa on that pipeline, or set the processors of the denoiser back, first"
@@ -182,10 +202,12 @@ def _check_free(pipe: Any, found: list[tuple[str, nn.Module, Family]]) -> None:
         raise RuntimeError("the pipeline is running: call enable_psa before or after the call, not from a callback")
 
 
-def _make_processors(denoiser: nn.Module, site: Site) -> list[tuple[nn.Module, FamilyProcessor]]:
+def _make_processors(denoiser: nn.Module, site: Site) -> list[tuple[Any, FamilyProcessor]]:
     family, made, foreign = site.family, [], set()
     for layer, attention in family.self_attentions(denoiser).items():
-        original = attention.processor
+        original: Any = attention.processor
+        if isinstance(original, FamilyProcessor):
+            original = original.original
         if isinstance(original, nn.Module):
             # replacing it would take its weights out of the state_dict
             logger.warning("PSA leaves %s dense: its processor %s has weights", layer, type(original).__name__)
@@ -200,9 +222,68 @@ def _make_processors(denoiser: nn.Module, site: Site) -> list[tuple[nn.Module, F
     return made
 
 
-def _check_before_call(switch: Switch) -> None:
-    _refuse_ring(switch)
+def _put_in(switch: Switch, denoiser: nn.Module, made: list[tuple[Any, FamilyProcessor]]) -> None:
+    """Put processors into a denoiser, and listen to its forwards."""
+    register_for_guiders(type(processor) for _, processor in made)
+    for attention, processor in made:
+        attention.processor = processor
+    site = made[0][1].site
+    switch.processors += made
+    switch.sites.append((denoiser, site))
+    switch.hooks += add_hooks(denoiser, refuse_impossible)
+    site.attach(denoiser)
+
+
+def _take_off(pipe: Any, switch: Switch) -> None:
+    """Undo all of a switch."""
+    switch.run.switch_off()
+    for attention, processor in switch.processors:
+        if attention.processor is processor:
+            attention.processor = processor.original
+    for _, site in switch.sites:
+        site.detach()
+    for hook in switch.hooks:
+        hook.remove()
+    set_state(pipe, switch=None)
+    if switch.listener is not None:
+        switch.listener.stop()
+
+
+def _bring_up_to_date(pipe: Any) -> None:
+    """Before a call: follow what has been exchanged in the pipeline since the last one, and refuse what cannot run."""
+    switch = state_of(pipe).switch
+    if switch is None:
+        return
+    _follow_modules(pipe, switch)
+    _refuse_ring(switch.run, [processor for _, processor in switch.processors])
     _check_processors(switch)
+
+
+def _follow_modules(pipe: Any, switch: Switch) -> None:
+    """Compare the denoisers by identity: take over new ones, let go of those that are no longer there."""
+    now = _denoisers_of(pipe)
+    known = {id(denoiser) for denoiser, _ in switch.sites}
+    present = {id(denoiser) for _, denoiser, _ in now}
+    for denoiser, site in [entry for entry in switch.sites if id(entry[0]) not in present]:
+        parts = set(denoiser.modules())
+        for attention, processor in [entry for entry in switch.processors if entry[0] in parts]:
+            switch.processors.remove((attention, processor))
+            if attention.processor is processor:
+                attention.processor = processor.original
+        site.detach()
+        switch.sites.remove((denoiser, site))
+        if site.name not in {name for name, _, _ in now}:
+            part = unwrap(modules_of(pipe).get(site.name))
+            if part is not None:
+                logger.warning("PSA does not know the new %s, a %s: it runs dense", site.name, type(part).__name__)
+    for name, denoiser, family in now:
+        if id(denoiser) in known:
+            continue
+        if any(_is_ours(getattr(part, "processor", None)) for part in denoiser.modules()):
+            logger.warning("%s is another one since enable_psa, and has PSA of its own, which stays", name)
+            continue
+        _put_in(switch, denoiser, _make_processors(denoiser, Site(name, denoiser, family, switch.run)))
+        logger.info("%s is another one since enable_psa: PSA is on in it too", name)
 
 
 def _check_processors(switch: Switch) -> None:
@@ -233,9 +314,9 @@ def _check_processors(switch: Switch) -> None:
         )
 
 
-def _refuse_ring(switch: Switch) -> None:
-    configs = [ulysses.context_parallel(processor.original) for _, processor in switch.processors]
-    if switch.run.preset.type != "dense" and any(config is not None and config.ring_degree > 1 for config in configs):
+def _refuse_ring(run: Run, processors: list[FamilyProcessor]) -> None:
+    configs = [ulysses.context_parallel(processor.original) for processor in processors]
+    if run.preset.type != "dense" and any(config is not None and config.ring_degree > 1 for config in configs):
         raise RuntimeError(ulysses.RING)
 
 

@@ -1,7 +1,9 @@
 """Every trick that is played on diffusers and torch, each with its reason and its undoing. It knows nothing of ours.
 
 - `push_subclass` gives one pipeline object a class of its own; `pop_subclass` takes it back.
-- `is_running` and `running_module` look for a call on the Python stacks; they change nothing.
+- `is_running`, `running_module` and `running_pipeline` look for a call on the Python stacks; they change nothing.
+- `add_hooks` and `wrap_checkpointing` put functions of ours into a module and return what takes them out. Copies of the
+  module and pickles have none.
 - `add_to_pipelines` gives diffusers' pipeline classes a method, as soon as they are loaded; `_AfterImport`, which waits
   for that, removes itself. The method stays.
 - `register_for_guiders` names classes of processors to diffusers' guiders. The entries stay: a class is named once.
@@ -15,10 +17,20 @@ from __future__ import annotations
 import importlib.abc
 import importlib.util
 import sys
+import weakref
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager
+from types import FrameType
 from typing import Any
 
+import torch
 from torch import nn
+
+# module of diffusers: pipeline class in it
+_PIPELINE_CLASSES = {
+    "diffusers.pipelines.pipeline_utils": "DiffusionPipeline",
+    "diffusers.modular_pipelines.modular_pipeline": "ModularPipeline",
+}
 
 
 class _Forwarding(type):
@@ -57,13 +69,37 @@ def push_subclass(pipe: Any, methods: dict[str, Any]) -> type:
         methods: What the subclass adds. They must pass calls through where their feature is off: another pipeline may
             have the class without the feature (`type(pipe).from_pipe`), and `pop_subclass` may leave it in place.
     """
-    cls = type(pipe)
+    cls: Any = type(pipe)
     names = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
-    metaclass = _Forwarding if type(cls) in (type, _Forwarding) else type(cls)
-    subclass = metaclass(cls.__name__, (cls,), {**names, **methods, "_psa_methods": methods})
+    metaclass: Any = _Forwarding if type(cls) in (type, _Forwarding) else type(cls)
+    methods = {**methods, "__reduce_ex__": _reduce}
+    subclass: type = metaclass(cls.__name__, (cls,), {**names, **methods, "_psa_methods": methods})
     pipe.__class__ = subclass
     setattr(pipe, _NEEDED, [*getattr(pipe, _NEEDED, ()), subclass])
     return subclass
+
+
+def _reduce(pipe: Any, protocol: Any) -> tuple[Any, ...]:
+    """Let a copy or a pickle of a pipeline be of its own class; what sat on it is asked to come back there."""
+    cls = next(cls for cls in type(pipe).__mro__ if "_psa_methods" not in vars(cls))
+    return _rebuild, (cls, {name: value for name, value in vars(pipe).items() if name != _NEEDED})
+
+
+def _rebuild(cls: Any, attributes: dict[str, Any]) -> Any:
+    pipe = cls.__new__(cls)
+    vars(pipe).update(attributes)
+    for value in attributes.values():
+        if isinstance(value, Sleeping):
+            value.wake(pipe)
+    return pipe
+
+
+class Sleeping:
+    """What sat on a pipeline, in a copy of it that is being made."""
+
+    def wake(self, pipe: Any) -> None:
+        """Sit down on the copy."""
+        raise NotImplementedError
 
 
 def pop_subclass(pipe: Any, subclass: type) -> None:
@@ -85,7 +121,8 @@ def pop_subclass(pipe: Any, subclass: type) -> None:
 
 def is_running(pipe: Any) -> bool:
     """Return whether a call of the pipeline is under way, in any thread."""
-    for frame in sys._current_frames().values():
+    for top in sys._current_frames().values():
+        frame: FrameType | None = top
         while frame is not None:
             if frame.f_code.co_name == "__call__" and frame.f_locals.get("self") is pipe:
                 return True
@@ -106,15 +143,169 @@ def running_module(
     Returns:
         The module and the arguments of its call; None if there is none.
     """
-    frame = sys._getframe(1)
+    frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         if frame.f_code is nn.Module._call_impl.__code__:
             module = frame.f_locals["self"]
-            module = getattr(module, "_orig_mod", module)
+            module = unwrap(module)
             if is_wanted(module):
                 return module, frame.f_locals["args"], frame.f_locals["kwargs"]
         frame = frame.f_back
     return None
+
+
+def running_pipeline(denoiser: nn.Module) -> Any:
+    """Find the innermost pipeline on this thread's stack whose call is running and that owns a denoiser.
+
+    Why: pipelines share denoisers (`from_pipe`), and one that PSA was not enabled on announces nothing. It only looks.
+
+    Returns:
+        The pipeline, None if there is none.
+    """
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code.co_name == "__call__":
+            pipe = frame.f_locals.get("self")
+            if _is_pipeline(pipe) and any(unwrap(part) is denoiser for part in modules_of(pipe).values()):
+                return pipe
+        frame = frame.f_back
+    return None
+
+
+def _is_pipeline(x: Any) -> bool:
+    return any(cls.__name__ in _PIPELINE_CLASSES.values() for cls in type(x).__mro__)
+
+
+def modules_of(pipe: Any) -> dict[str, nn.Module]:
+    """The modules among the components of a pipeline, by name, as they are now."""
+    components = pipe.components
+    return {name: part for name, part in components.items() if isinstance(part, nn.Module)}
+
+
+def unwrap(module: Any) -> Any:
+    """Return the module inside the wrappers of `torch.compile(module)`, peft and torch's data parallelism."""
+    while True:
+        if hasattr(module, "_orig_mod"):
+            inner = module._orig_mod
+        elif type(module).__module__.startswith("peft.") and hasattr(module, "get_base_model"):
+            inner = module.get_base_model()
+        elif isinstance(module, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
+            inner = module.module
+        else:
+            return module
+        module = inner
+
+
+class Handle:
+    """Undoes one thing, once."""
+
+    def __init__(self, undo: Callable[[], None]) -> None:
+        self._undo: Callable[[], None] | None = undo
+
+    def remove(self) -> None:
+        """Undo it."""
+        undo, self._undo = self._undo, None
+        if undo is not None:
+            undo()
+
+
+class _Hook:
+    """A forward hook of ours. A copy of a module, or a pickled one, has none: what it would tell is of the original."""
+
+    def __init__(self, function: Callable[..., None]) -> None:
+        self.function = function
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # what it reads is new each time; the forward that follows is compiled as before
+    def __call__(self, module: nn.Module, *args: Any) -> None:
+        self.function(module, *args)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _no_hook, ()
+
+
+def _no_hook() -> Callable[..., None]:
+    return _ignore
+
+
+def _ignore(*_: Any) -> None:
+    """Stands where a copied module had a hook of ours."""
+
+
+def add_hooks(module: nn.Module, before: Callable[..., None], after: Callable[..., None] | None = None) -> list[Handle]:
+    """Call a function before each forward of a module, and one after it, also after an exception.
+
+    Args:
+        module: The module.
+        before: Called with the module, positional and keyword arguments.
+        after: Called with the module, the same and the output.
+
+    Returns:
+        What takes the hooks off again.
+    """
+    handles = [module.register_forward_pre_hook(_Hook(before), with_kwargs=True)]
+    if after is not None:
+        handles.append(module.register_forward_hook(_Hook(after), with_kwargs=True, always_call=True))
+    return [Handle(handle.remove) for handle in handles]
+
+
+class _Checkpointing:
+    """The function by which a denoiser runs its blocks under gradient checkpointing, in a context that runs again."""
+
+    def __init__(self, below: Callable[..., Any], context: Callable[[], AbstractContextManager[None]]) -> None:
+        self.below = below
+        self.context = context
+
+    def __call__(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        context = self.context
+
+        def again(*args: Any, **kwargs: Any) -> Any:
+            with context():
+                return function(*args, **kwargs)
+
+        return self.below(again, *args, **kwargs)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _same, (self.below,)
+
+
+def _same(x: Any) -> Any:
+    return x
+
+
+def in_backward() -> bool:
+    """Whether this thread runs a backward pass, as it does when gradient checkpointing runs a block again."""
+    return torch._C._current_graph_task_id() != -1
+
+
+def wrap_checkpointing(module: nn.Module, context: Callable[[], AbstractContextManager[None]]) -> Handle | None:
+    """Let gradient checkpointing run the blocks of a forward, and run them again in the backward, inside a context.
+
+    Why: the second time, no forward of the denoiser is running that could tell what the first one knew.
+
+    Args:
+        module: A denoiser of diffusers.
+        context: Makes the context of the forward that begins.
+
+    Returns:
+        What undoes it; None where nothing had to be wrapped.
+    """
+    below = getattr(module, "_gradient_checkpointing_func", None)
+    if below is None or not getattr(module, "gradient_checkpointing", False):
+        return None
+    if isinstance(below, _Checkpointing):
+        below.context = context
+        return None
+    wrapped: Any = _Checkpointing(below, context)
+    module._gradient_checkpointing_func = wrapped
+
+    home = weakref.ref(module)
+
+    def undo() -> None:
+        module = home()
+        if module is not None and getattr(module, "_gradient_checkpointing_func", None) is wrapped:
+            module._gradient_checkpointing_func = below
+
+    return Handle(undo)
 
 
 def refuse_impossible(denoiser: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
@@ -147,13 +338,6 @@ def _skip_attention(
 ) -> Any:
     """Return what goes in, in the form of what comes out."""
     return hidden_states if encoder_hidden_states is None else (hidden_states, encoder_hidden_states)
-
-
-# module of diffusers: pipeline class in it
-_PIPELINE_CLASSES = {
-    "diffusers.pipelines.pipeline_utils": "DiffusionPipeline",
-    "diffusers.modular_pipelines.modular_pipeline": "ModularPipeline",
-}
 
 
 def _add_method(module: Any, method: Callable[..., Any]) -> None:

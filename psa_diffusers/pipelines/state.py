@@ -7,7 +7,9 @@ from typing import Any
 
 from torch import nn
 
+from psa_diffusers.pipelines.host import Handle, Sleeping
 from psa_diffusers.processors.base import FamilyProcessor
+from psa_diffusers.processors.calls import Listener
 from psa_diffusers.processors.recorder import Recorder
 from psa_diffusers.processors.run import Run, Site
 
@@ -23,18 +25,16 @@ class Switch:
         arguments: What `enable_psa` was called with, by name, to switch on again.
         sites: The denoisers.
         processors: Attention modules and the processors that were put into them.
-        hooks: Handles of the hooks on the denoisers.
-        subclass: Class that the pipeline was given.
-        call: Its `__call__`.
+        hooks: What undoes the hooks on the denoisers.
+        listener: Hears the calls of the pipeline.
     """
 
     run: Run
     arguments: dict[str, Any]
-    sites: list[tuple[nn.Module, Site]]
-    processors: list[tuple[nn.Module, FamilyProcessor]] = field(default_factory=list)
-    hooks: list[Any] = field(default_factory=list)
-    subclass: type | None = None
-    call: Any = None
+    sites: list[tuple[nn.Module, Site]] = field(default_factory=list)
+    processors: list[tuple[Any, FamilyProcessor]] = field(default_factory=list)
+    hooks: list[Handle] = field(default_factory=list)
+    listener: Listener | None = None
 
     @property
     def recorders(self) -> list[Recorder]:
@@ -55,6 +55,28 @@ class PipelineState:
     switch: Switch | None = None
     default_preset: tuple[str, str] | None = None
     lora: Any = None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copy of a pipeline gets a switch of its own: what is kept here belongs to the pipeline that was enabled."""
+        arguments = None if self.switch is None else self.switch.arguments
+        return _SleepingState, (arguments, self.default_preset, self.lora)
+
+
+@dataclass
+class _SleepingState(Sleeping):
+    arguments: dict[str, Any] | None
+    default_preset: tuple[str, str] | None
+    lora: Any
+
+    def wake(self, pipe: Any) -> None:
+        from psa_diffusers.pipelines.enable import enable_psa
+
+        delattr(pipe, _ATTRIBUTE)
+        set_state(pipe, default_preset=self.default_preset)
+        if self.lora is not None:
+            self.lora.wake(pipe)
+        if self.arguments is not None:
+            enable_psa(pipe, **self.arguments)
 
 
 def state_of(pipe: Any) -> PipelineState:

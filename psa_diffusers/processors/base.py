@@ -46,7 +46,6 @@ class FamilyProcessor(SparseCalls):
 
     arguments: ClassVar[tuple[str, ...]] = ()
     text_in_sequence: ClassVar[bool] = False
-    has_context: ClassVar[bool] = False
     masks_padding: ClassVar[bool] = False
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -77,7 +76,11 @@ class FamilyProcessor(SparseCalls):
     def _parallel_config(self, config: Any) -> None:
         self.original._parallel_config = config
 
-    def process(self, attn: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copy, or a pickle, is the processor that was found here: a copied denoiser has no switch and runs dense."""
+        return _same, (self.original,)
+
+    def process(self, attn: Any, *args: Any, **kwargs: Any) -> Any:
         """Run one call of the attention.
 
         Args:
@@ -102,7 +105,7 @@ class FamilyProcessor(SparseCalls):
         out = self.attend(q, k, v, given)
         return self.put_out(attn, out.to(q.dtype), given)
 
-    def project(self, attn: nn.Module, given: Mapping[str, Any]) -> Projected:
+    def project(self, attn: Any, given: Mapping[str, Any]) -> Projected:
         """Return q, k, v ``[B, H, L, D]`` of the whole sequence, as upstream makes them. Views are fine.
 
         Args:
@@ -115,9 +118,16 @@ class FamilyProcessor(SparseCalls):
         """Return the attention's output ``[B, H, L, D]``. Text and context are taken to stand where the family says."""
         text = given["encoder_hidden_states"].shape[1] if self.text_in_sequence else 0
         context = self.context_tokens(given["hidden_states"]) if self.has_context else 0
-        return self.sparse(q, k, v, text_tokens=text + context)
+        first = self.site.context
+        if first is None or first == (context if self.site.family.text_first else 0):
+            return self.sparse(q, k, v, text_tokens=text + context)
+        # the grid begins somewhere between: what stands behind it comes in front, or the other way round
+        length = q.shape[2]
+        turn = length - context + first if self.site.family.text_first else first
+        out = self.sparse(*(x.roll(-turn, 2) for x in (q, k, v)), text_tokens=text + context)
+        return out.roll(turn, 2)
 
-    def put_out(self, attn: nn.Module, out: Tensor, given: Mapping[str, Any]) -> Any:
+    def put_out(self, attn: Any, out: Tensor, given: Mapping[str, Any]) -> Any:
         """Return what the upstream processor returns, from the output ``[B, H, L, D]`` of the attention."""
         return project_out(attn, out)
 
@@ -125,7 +135,7 @@ class FamilyProcessor(SparseCalls):
         """Say why this family must run such a call dense; empty if it need not."""
         return ""
 
-    def why_dense(self, attn: nn.Module, hidden_states: Tensor, attention_mask: Any, *, context: bool = False) -> str:
+    def why_dense(self, attn: Any, hidden_states: Tensor, attention_mask: Any, *, context: bool = False) -> str:
         """Say why this call must be dense; empty if it can be sparse.
 
         Args:
@@ -139,8 +149,13 @@ class FamilyProcessor(SparseCalls):
             return "PSA is off"
         if self.preset.type == "dense":
             return "the preset is dense" if run.preset.type == "dense" else "the preset is dense here"
-        if run.clock.dense:
-            return run.clock.reason
+        if not site.is_running:
+            return (
+                "no forward of its denoiser is running: call the denoiser, not its forward, and give every denoiser "
+                "processors of its own"
+            )
+        if site.dense:
+            return site.dense
         if _scores_are_skipped(attn):
             return "perturbed attention guidance replaces its attention"
         if attention_mask is not None:
@@ -148,14 +163,10 @@ class FamilyProcessor(SparseCalls):
         parallel = ulysses.context_parallel(self.original)
         if parallel is not None and (reason := ulysses.why_not(parallel, site.has_parallel_plan)):
             return reason
-        if site.grid is None:
+        if site.sizes is None:
             return "the inputs of the denoiser do not tell the token grid"
-        frames, height, width = site.grid
-        expected = frames * height * width
-        if parallel is not None:
-            expected, context = ulysses.local_tokens(parallel, expected), False
-        if hidden_states.shape[1] != expected and not (context and self.context_tokens(hidden_states)):
-            return f"{hidden_states.shape[1]} video tokens do not fill the grid {frames} x {height} x {width}"
+        if not self._is_one_graph() and (reason := self._why_not_on_grid(hidden_states, context)):
+            return reason
         if hidden_states.dtype not in DTYPES:
             return f"the dtype {hidden_states.dtype} is not supported"
         if site.family.read_text is not None:
@@ -165,16 +176,29 @@ class FamilyProcessor(SparseCalls):
                 return "something between the denoiser and its layers has changed the batch"
         return unsupported_head_dim(self.head_dim(attn)) or ""
 
-    def head_dim(self, attn: nn.Module) -> int:
+    def _why_not_on_grid(self, hidden_states: Tensor, context: bool) -> str:
+        frames, height, width = self._grid()
+        expected = frames * height * width
+        parallel = ulysses.context_parallel(self.original)
+        if parallel is not None:
+            expected, context = ulysses.local_tokens(parallel, expected), False
+        tokens = hidden_states.shape[1]
+        if tokens != expected and not (context and self.context_tokens(hidden_states)):
+            return f"{tokens} video tokens do not fill the grid {frames} x {height} x {width}"
+        if 2 * expected < tokens:
+            return f"the grid {frames} x {height} x {width} is less than half of the {tokens} video tokens"
+        return ""
+
+    def head_dim(self, attn: Any) -> int:
         """Return the channels of a head."""
-        return attn.inner_dim // attn.heads
+        return int(attn.inner_dim // attn.heads)
 
     def context_tokens(self, hidden_states: Tensor) -> int:
         """Return how many of the tokens ``[B, S, C]`` are beyond the grid; 0 if they do not even fill it."""
         frames, height, width = self._grid()
         return max(hidden_states.shape[1] - frames * height * width, 0)
 
-    def dense(self, reason: str, tokens: int, attn: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    def dense(self, reason: str, tokens: int, attn: Any, *args: Any, **kwargs: Any) -> Any:
         """Run the original processor with exactly the arguments that came.
 
         Args:
@@ -189,17 +213,24 @@ class FamilyProcessor(SparseCalls):
         run = self.site.run
         if not run.is_on:
             return self.original(attn, *args, **kwargs)
+        if not torch.compiler.is_compiling():
+            run.count_dense(reason)
         if run.recorder is not None:
             self._note("dense", Measured(reason), tokens, self.site.grid)
-        if not run.clock.dense and self.preset.type != "dense":
+        if not self.site.dense and self.preset.type != "dense":
             run.say(reason, self.layer)
         with fastest_dense(args[0] if args else kwargs["hidden_states"]):
             return self.original(attn, *args, **kwargs)
 
 
-def project_out(attn: nn.Module, out: Tensor) -> Tensor:
+def _same(processor: Any) -> Any:
+    return processor
+
+
+def project_out(attn: Any, out: Tensor) -> Tensor:
     """Heads ``[B, H, L, D]`` side by side, through the output projection and its dropout: ``[B, L, C]``."""
-    return attn.to_out[1](attn.to_out[0](out.transpose(1, 2).flatten(2)))
+    projected: Tensor = attn.to_out[1](attn.to_out[0](out.transpose(1, 2).flatten(2)))
+    return projected
 
 
 def split_heads(tokens: Tensor, heads: int, *projections: nn.Module) -> list[Tensor]:
@@ -210,8 +241,11 @@ def split_heads(tokens: Tensor, heads: int, *projections: nn.Module) -> list[Ten
 def _call_with(arguments: tuple[str, ...]) -> Any:
     """Return a `__call__` whose signature names the arguments."""
 
-    def __call__(self: FamilyProcessor, attn: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        return self.process(attn, *args, **kwargs)
+    def __call__(self: FamilyProcessor, attn: Any, *args: Any, **kwargs: Any) -> Any:
+        if self.site.bound_in is None or self.site.is_running:
+            return self.process(attn, *args, **kwargs)
+        with self.site.as_bound():
+            return self.process(attn, *args, **kwargs)
 
     __call__.__signature__ = signature_of(arguments)  # type: ignore[attr-defined]
     return __call__
@@ -224,7 +258,7 @@ def signature_of(arguments: tuple[str, ...]) -> inspect.Signature:
     return inspect.Signature(names + [inspect.Parameter(name, kind, default=None) for name in arguments[1:]])
 
 
-def _scores_are_skipped(attn: nn.Module) -> bool:
+def _scores_are_skipped(attn: Any) -> bool:
     """Return whether a hook of diffusers has torch's attention return the values, which only the original calls."""
     hooks = getattr(getattr(attn, "_diffusers_hook", None), "hooks", None) or {}
     return any(getattr(hook, "skip_attention_scores", False) for hook in hooks.values())

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from functools import partial
-from typing import Any, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 from psa_diffusers.attention import needs_grad, psa_attention, say_once
 from psa_diffusers.models.registry import Grid
 from psa_diffusers.ops.types import Schedule
-from psa_diffusers.presets import preset_of_key
+from psa_diffusers.presets import PSAPreset, preset_of_key
 from psa_diffusers.processors import ulysses
 from psa_diffusers.processors.recorder import Measured
 from psa_diffusers.processors.reuse import Branch
@@ -34,6 +33,10 @@ class Place(NamedTuple):
     text_tokens: int
     text_first: bool
     sample: tuple[int, int] | None = None
+
+    def arguments(self) -> dict[str, Any]:
+        """The same for `psa_attention`."""
+        return {"grid": self.grid, "text_tokens": self.text_tokens, "text_first": self.text_first}
 
 
 class Tap(Protocol):
@@ -60,6 +63,8 @@ class SparseCalls:
             code makes a version for each value it reads: a handful of presets, but dozens of layers.
     """
 
+    has_context: ClassVar[bool] = False
+
     def __init__(self, layer: str, original: Any, site: Site, *, tap: Tap | None = None) -> None:
         self.layer = layer
         self.original = original
@@ -78,6 +83,11 @@ class SparseCalls:
             text_tokens: Tokens that are not on the grid, in front or behind as the family says.
             grid: Where these tokens are on another grid than that of the denoiser's inputs.
         """
+        if grid is None and self._is_one_graph():
+            q, k = q.to(v.dtype), k.to(v.dtype)
+            if why_new := self._why_new(q, k, v):
+                self._say_new(why_new)
+            return _grid_op(q, k, v, self.site.sizes, self.preset.key, text_tokens, self.site.family.text_first)
         place = Place(grid or self._grid(), text_tokens, self.site.family.text_first)
         out, measured = self._attend(q, k, v, place)
         if measured is not None:
@@ -97,14 +107,14 @@ class SparseCalls:
             text_tokens: Tokens of text at the end, padding included.
             text_lengths: How many of them are valid, ``[B]`` integers on the CPU.
         """
-        grid = self._grid()
         if torch.compiler.is_compiling() and self.site.run.recorder is None:
             if why_new := self._why_new(q, k, v):
                 self._say_new(why_new)
             # one graph for texts of any length: what depends on the length stands inside the operator
             q, k = q.to(v.dtype), k.to(v.dtype)
-            return _padded_op(q, k, v, text_lengths, self.preset.key, list(grid), text_tokens)
+            return _padded_op(q, k, v, text_lengths, self.site.sizes, self.preset.key, text_tokens)
 
+        grid = self._grid()
         all_measured: list[Measured | None] = []
 
         def attend(q: Tensor, k: Tensor, v: Tensor, text_tokens: int, sample: tuple[int, int] | None) -> Tensor:
@@ -119,6 +129,12 @@ class SparseCalls:
             reasons, densities, kept = zip(*noted, strict=True)
             self._note("sparse", Measured(reasons[0], torch.stack(densities).mean(), all(kept)), tokens, grid)
         return out
+
+    def _text_lengths(self) -> Tensor:
+        lengths = self.site.text_lengths
+        if lengths is None:
+            raise RuntimeError(f"{self.layer} cannot run sparse: the inputs of the denoiser do not tell valid text")
+        return lengths
 
     def _grid(self) -> Grid:
         grid = self.site.grid
@@ -147,6 +163,8 @@ class SparseCalls:
         """Return what attention gives, and what there is to record if anybody asks."""
         # autocast keeps norms in float32; dense attention would cast back as well
         q, k = q.to(v.dtype), k.to(v.dtype)
+        if not torch.compiler.is_compiling():
+            self.site.run.ran_sparse = True
         if self.tap is not None:
             self.tap(q, k, v, place)
             return v, None  # of the right shape; what follows from it is thrown away
@@ -157,18 +175,19 @@ class SparseCalls:
         if ulysses.context_parallel(self.original) is not None:
             return self._attend_in_parallel(q, k, v, place, branch, why_new)
         if self.site.run.recorder is None and branch is None:
-            return psa_attention(q, k, v, self.preset, **_arguments(place)), None
+            return _attention(q, k, v, self.preset, place), None
         return self._attend_observed(q, k, v, place, branch, why_new)
 
     @torch.compiler.disable  # communicates, and the order of the heads changes
     def _attend_in_parallel(
         self, q: Tensor, k: Tensor, v: Tensor, place: Place, branch: Branch | None, why_new: str
     ) -> tuple[Tensor, Measured | None]:
-        config, used = ulysses.context_parallel(self.original), []
+        config = ulysses.context_parallel(self.original)
+        used: list[tuple[Schedule, bool]] = []
 
         def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            out, *schedule = self._attend_or_reuse(q, k, v, place, branch)
-            used.append(schedule)
+            out, schedule, is_kept = self._attend_or_reuse(q, k, v, place, branch)
+            used.append((schedule, is_kept))
             return out
 
         deals = self.dealer.is_needed(self.preset, q.shape[1], config.ulysses_degree)
@@ -191,11 +210,24 @@ class SparseCalls:
         self, q: Tensor, k: Tensor, v: Tensor, place: Place, branch: Branch | None
     ) -> tuple[Tensor, Schedule, bool]:
         """Return output, schedule, and whether the schedule is that of an earlier step, which the branch has kept."""
-        attention = partial(psa_attention, q, k, v, self.preset, **_arguments(place), return_schedule=True)
+
+        def attention(schedule: Schedule | None = None) -> tuple[Tensor, Schedule]:
+            out: Any = psa_attention(q, k, v, self.preset, **where, schedule=schedule, return_schedule=True)
+            return out
+
+        where = place.arguments()
         if branch is None:
             return *attention(), False
         shape = (q.shape, q.dtype, q.device, self.preset.key, place.grid, place.text_tokens, place.text_first)
-        return branch.attend(self.layer, shape, lambda schedule: attention(schedule=schedule))
+        return branch.attend(self.layer, shape, attention)
+
+    def _is_one_graph(self) -> bool:
+        """Whether compiled code serves videos of any size: the grid is then an input of the graph, not a constant.
+
+        Not where tokens beside the grid are counted by it, nor where what runs is recorded or communicates.
+        """
+        is_plain = self.site.run.recorder is None and not self.has_context
+        return torch.compiler.is_compiling() and is_plain and ulysses.context_parallel(self.original) is None
 
     def _measure(self, schedule: Schedule, is_kept: bool, why_new: str) -> Measured | None:
         return None if self.site.run.recorder is None else Measured(why_new, schedule.density(), is_kept)
@@ -221,8 +253,10 @@ class SparseCalls:
             )
 
 
-def _arguments(place: Place) -> dict[str, Any]:
-    return {"grid": place.grid, "text_tokens": place.text_tokens, "text_first": place.text_first}
+def _attention(q: Tensor, k: Tensor, v: Tensor, preset: PSAPreset, place: Place) -> Tensor:
+    out = psa_attention(q, k, v, preset, **place.arguments())
+    assert isinstance(out, Tensor)  # no schedule was asked for
+    return out
 
 
 @torch.compiler.assume_constant_result  # runs while torch compiles, not in compiled code
@@ -250,15 +284,34 @@ def _without_padding(
 
 @torch.library.custom_op("psa_diffusers::psa_attention_padded", mutates_args=())
 def _padded_op(
-    q: Tensor, k: Tensor, v: Tensor, text_lengths: Tensor, preset_key: str, grid: list[int], text_tokens: int
+    q: Tensor, k: Tensor, v: Tensor, text_lengths: Tensor, sizes: Tensor, preset_key: str, text_tokens: int
 ) -> Tensor:
+    grid = tuple(sizes.tolist())
+
     def attend(q: Tensor, k: Tensor, v: Tensor, text_tokens: int, sample: tuple[int, int] | None) -> Tensor:
         preset = preset_of_key(preset_key)
-        return psa_attention(q, k, v, preset, grid=tuple(grid), text_tokens=text_tokens, text_first=False)
+        return _attention(q, k, v, preset, Place(grid, text_tokens, False))
 
     return _without_padding(attend, q, k, v, text_lengths, text_tokens).contiguous()
 
 
 @_padded_op.register_fake
-def _(q, k, v, text_lengths, preset_key, grid, text_tokens):
+def _(q, k, v, text_lengths, sizes, preset_key, text_tokens):
     return q.new_empty(q.shape)
+
+
+@torch.library.custom_op("psa_diffusers::psa_attention_on_grid", mutates_args=())
+def _grid_op(
+    q: Tensor, k: Tensor, v: Tensor, sizes: Tensor, preset_key: str, text_tokens: int, text_first: bool
+) -> Tensor:
+    grid = tuple(sizes.tolist())
+    if math.prod(grid) + text_tokens != q.shape[2]:
+        say_once(f"PSA runs dense: {q.shape[2] - text_tokens} video tokens do not fill the grid {grid}")
+        return nn.functional.scaled_dot_product_attention(q, k, v)
+    preset = preset_of_key(preset_key)
+    return _attention(q, k, v, preset, Place(grid, text_tokens, text_first))
+
+
+@_grid_op.register_fake
+def _(q, k, v, sizes, preset_key, text_tokens, text_first):
+    return torch.empty_like(q)

@@ -5,14 +5,15 @@ from __future__ import annotations
 import logging
 import weakref
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from psa_diffusers.models.registry import attention_paths, find_family, supported
-from psa_diffusers.pipelines.host import running_module
+from psa_diffusers.models.registry import attention_paths, family_of, find_family, supported
+from psa_diffusers.pipelines.host import add_hooks, running_module
 from psa_diffusers.presets import PSAPreset
 from psa_diffusers.processors.base import signature_of
 from psa_diffusers.processors.choice import check_choice, resolve_preset
@@ -85,12 +86,16 @@ class PSAProcessor:
         self._processors: weakref.WeakKeyDictionary[nn.Module, Any] = weakref.WeakKeyDictionary()
         self._num_denoisers = 0
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copy serves the copied denoiser, by a clock and records of its own."""
+        return partial(PSAProcessor, self.preset, config=self.config, report=self.report, **self.overrides), ()
+
     @property
     def recorders(self) -> list[Recorder]:
         """Recorders of the denoisers served, for `psa_report`."""
         return [run.recorder for run in self._runs.values() if run.recorder is not None]
 
-    def __call__(self, attn: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, attn: Any, *args: Any, **kwargs: Any) -> Any:
         processor = self._processors.get(attn)
         if processor is None:
             processor = self._bind(attn)
@@ -103,12 +108,15 @@ class PSAProcessor:
     __call__.__signature__ = signature_of(_ARGUMENTS)  # type: ignore[attr-defined]
 
     @torch.compiler.disable  # once a denoiser; it walks the Python stack
-    def _bind(self, attn: nn.Module) -> Any:
+    def _bind(self, attn: Any) -> Any:
         """Make the processors of the denoiser that is running, and listen to its forwards from now on."""
         denoiser, args, kwargs = _running_denoiser(attn)
-        family = find_family(denoiser)
+        family = family_of(denoiser)
         preset, title = resolve_preset(self.preset, self.config, self.overrides, family=family, denoiser=denoiser)
-        run = self._runs.get(preset) or self._runs.setdefault(preset, Run(preset, title, report=self.report))
+        is_given = "warmup_steps" in self.overrides or isinstance(self.preset, PSAPreset)
+        run = self._runs.get(preset)
+        if run is None or not run.is_on:
+            run = self._runs[preset] = Run(preset, title, report=self.report, follows=not is_given)
         self._num_denoisers += 1
         suffix = "" if self._num_denoisers == 1 else f" {self._num_denoisers}"
         site = Site(type(denoiser).__name__ + suffix, denoiser, family, run)
@@ -121,26 +129,25 @@ class PSAProcessor:
             original = family.default_processor(denoiser, path, part)
             self._processors[part] = family.processor(path, original, site) if path in sparse else original
 
-        home = weakref.ref(denoiser)
-
         def before_forward(denoiser: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-            if home() is not denoiser:
-                return  # a deep copy has our hook, but processors of its own
             if any(part.processor is self for part in ours):
                 site.before_forward(denoiser, args, kwargs)
                 return
-            handle.remove()  # the user has set other processors since
-            run.kept.clear()
+            for handle in handles:  # the user has set other processors since
+                handle.remove()
             for part in ours:
                 self._processors.pop(part, None)
+            run.kept.clear()
+            if not self._processors:
+                run.switch_off()
 
-        handle = denoiser.register_forward_pre_hook(before_forward, with_kwargs=True)
-        before_forward(denoiser, args, kwargs)
+        handles = add_hooks(denoiser, before_forward, site.after_forward)
+        site.bind(denoiser, args, kwargs)
         logger.info("%s, in the self-attentions of %s", title, site.name)
         return self._processors[attn]
 
 
-def _running_denoiser(attn: nn.Module) -> tuple[nn.Module, tuple[Any, ...], dict[str, Any]]:
+def _running_denoiser(attn: Any) -> tuple[nn.Module, tuple[Any, ...], dict[str, Any]]:
     """Find the denoiser that `attn` is running in, and the inputs of its forward."""
     found = running_module(
         lambda module: find_family(module) is not None and any(part is attn for part in module.modules())
