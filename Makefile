@@ -6,6 +6,7 @@
 #   make test-oldest             run the tests that touch diffusers with the oldest that pyproject.toml allows
 #   make test-oldest DIFFUSERS=0.38.0   with any other
 #   make test-extras             run the tests that need packages which nothing else needs
+#   make fuzz                    run the tests of random cases for hours, with other cases each time
 
 PYTHON ?= python3
 WORKERS ?= 2
@@ -27,7 +28,7 @@ ON_DIFFUSERS := tests/models tests/pipelines tests/processors tests/lora tests/c
 EXTRAS := torchao bitsandbytes cache-dit
 EXTRAS_DIR := $(VENV)/extras
 
-.PHONY: install demo check lint types docs test test-oldest test-extras bench clean
+.PHONY: install demo check lint types docs test test-oldest test-extras fuzz bench clean
 
 install: $(STAMP)
 
@@ -60,6 +61,11 @@ $(EXTRAS_DIR)/.installed: constraints.txt | install
 	rm -rf $(EXTRAS_DIR)
 	$(BIN)/python -m pip install --quiet -c constraints.txt --target $(EXTRAS_DIR) --no-deps $(EXTRAS)
 	touch $@
+
+# PSA_FUZZ: tests/support/fuzz.py
+fuzz: install
+	PSA_FUZZ=1 $(PYTEST) -m "fuzz and not interpreter"
+	PSA_FUZZ=1 TRITON_INTERPRET=1 $(PYTEST) -m "fuzz and interpreter" tests/ops
 
 bench: install
 	$(BIN)/python -m scripts.benchmarks.attention

@@ -368,7 +368,7 @@ class _AfterImport(importlib.abc.MetaPathFinder):
             execute(module)
             _add_method(module, self.method)
 
-        spec.loader.exec_module = exec_module
+        spec.loader.exec_module = exec_module  # type: ignore[method-assign]
         return spec
 
 
