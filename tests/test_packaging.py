@@ -135,9 +135,12 @@ def test_import_costs_little_beyond_torch_and_diffusers(tmp_path):
         "ours = time.process_time()\n"
         "print(ours - theirs, (ours - theirs) / (theirs - start))"
     )
-    seconds, share = map(float, run_python(code, cwd=tmp_path, path=ROOT)[0].split())
-    assert share < 0.1
-    assert seconds <= 0.3
+    # the best of some: with its caches full of other work even CPU time is longer
+    seconds, share = zip(
+        *(map(float, run_python(code, cwd=tmp_path, path=ROOT)[0].split()) for _ in range(3)), strict=True
+    )
+    assert min(share) < 0.1
+    assert min(seconds) <= 0.3
 
 
 def test_no_import_finder_is_left_when_the_pipelines_are_loaded(tmp_path):

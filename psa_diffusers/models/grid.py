@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -46,33 +45,31 @@ def read_coordinates(coordinates: Tensor) -> Grid:
 def find_grid(coordinates: Tensor) -> Placed:
     """Find the video among tokens with positions ``[3, L]`` (time, row, column); context may stand on either side.
 
-    A run is a piece of the sequence, frames slowest, in which every frame has the rows and columns of the one before
-    and is later. Of the runs that begin the earliest (before 0 does not count) the longest is the video, the last one
-    of several: keyframes begin later, and what a window keeps of the one before it is shorter than its own frames.
+    A frame is a piece of one time in raster order. A run is a row of frames of which each has the rows and columns of
+    the one before and is later. Of the runs that begin the earliest (before 0 does not count) the longest is the video,
+    the last one of several: keyframes begin later, and what a window keeps of the one before it is shorter than its own
+    frames.
     """
     coordinates = coordinates.cpu()
-    sizes = _count_equal(coordinates[0])
-    weight = Counter[int]()
-    for size in sizes:
-        weight[size] += size
-    area = min(weight, key=lambda size: (-weight[size], size))  # two frames of one time look like one of twice the size
-    runs: list[tuple[float, int, int]] = []  # time of the first frame, first token, frames
-    start = 0
-    for size in sizes:
-        for first in range(start, start + size, area) if size % area == 0 else ():
-            time, began, frames = runs[-1] if runs else (0.0, 0, 0)
-            now, before = coordinates[:, first : first + area], coordinates[:, first - area : first]
-            if frames and began + frames * area == first and now[0, 0] > before[0, 0] and now[1:].equal(before[1:]):
-                runs[-1] = time, began, frames + 1
-            else:
-                runs.append((float(now[0, 0]), first, 1))
-        start += size
-    earliest = min((time for time, _, _ in runs if time >= 0), default=min(time for time, _, _ in runs))
-    _, first, frames = max((run for run in runs if run[0] == earliest), key=lambda run: (run[2], run[1]))
-    width = _count_equal(coordinates[1, first : first + area])[0]
-    return Placed((frames, area // width, width), first)
+    runs: list[tuple[float, int, int, int]] = []  # time of the first frame, first token, tokens, tokens of a frame
+    first = 0
+    for size in _frames(coordinates):
+        now, before = coordinates[:, first : first + size], coordinates[:, first - size : first]
+        time, began, tokens, area = runs[-1] if runs else (0.0, 0, 0, 0)
+        if area == size and now[0, 0] > before[0, 0] and now[1:].equal(before[1:]):
+            runs[-1] = time, began, tokens + size, area
+        else:
+            runs.append((float(now[0, 0]), first, size, size))
+        first += size
+    earliest = min((time for time, *_ in runs if time >= 0), default=min(time for time, *_ in runs))
+    _, first, tokens, area = max((run for run in runs if run[0] == earliest), key=lambda run: (run[2], run[1]))
+    width = int(torch.unique_consecutive(coordinates[1, first : first + area], return_counts=True)[1][0])
+    return Placed((tokens // area, area // width, width), first)
 
 
-def _count_equal(x: Tensor) -> list[int]:
-    """Lengths of the pieces of a line in which neighbours are equal."""
-    return torch.unique_consecutive(x, return_counts=True)[1].tolist()
+def _frames(coordinates: Tensor) -> list[int]:
+    """Tokens of each piece of the sequence in which time stands still and places go on in raster order."""
+    (time, row, column), (next_time, next_row, next_column) = coordinates[:, :-1], coordinates[:, 1:]
+    goes_on = (next_time == time) & ((next_row > row) | (next_row == row) & (next_column > column))
+    ends = [*((~goes_on).nonzero()[:, 0] + 1).tolist(), coordinates.shape[1]]
+    return [end - start for start, end in zip([0, *ends], ends, strict=False)]

@@ -59,9 +59,9 @@ def test_disable_gives_back_the_same_objects_and_the_same_video(case, pipe):
 
     assert enable(pipe) is pipe
     enabled = [module.processor for _, module in attentions(pipe)]
-    with pytest.raises(RuntimeError, match=r"already enabled on this pipeline; call disable_psa\(pipe\)"):
-        enable(pipe, warmup_steps=3)
-    assert enabled == [module.processor for _, module in attentions(pipe)]
+    with pytest.raises(ValueError, match="warmup_steps"):
+        enable(pipe, warmup_steps=-3)
+    assert enabled == [module.processor for _, module in attentions(pipe)], "a wrong change leaves everything as it was"
     torch.manual_seed(5)
     sparse = case.run(pipe, steps=2)
     assert torch.equal(torch.random.get_rng_state(), generator), "the global generator is where it would be without us"

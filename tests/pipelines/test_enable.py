@@ -569,7 +569,7 @@ def test_tokens_that_do_not_fill_the_grid_make_the_call_dense(name, caplog):
     processor = self_attention_of(pipe, name).processor
     original, seen = processor.original, []
     processor.original = lambda *args, **kwargs: seen.append(args) or original(*args, **kwargs)
-    processor.site.grid = (3, 6, 7)
+    processor.site.grid, processor.site.sizes, processor.site.is_running = (3, 6, 7), torch.tensor((3, 6, 7)), True
     attention = self_attention_of(pipe, name)
     video, text = torch.ones(1, 100, 32), torch.ones(1, 4, 32)
     attention(video, text) if "cog" in name else attention(video)

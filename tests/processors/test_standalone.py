@@ -31,8 +31,9 @@ def test_on_a_pipeline_it_is_enable_psa():
     assert isinstance(pipe.transformer.blocks[0].attn1.processor, FamilyProcessor)
     CASES["wan2.1"].run(pipe)
     assert psa_report(pipe).records
-    with pytest.raises(RuntimeError, match="already enabled"):
-        pipe.set_attn_processor(PSAProcessor())
+    pipe.set_attn_processor(PSAProcessor("baseline", report=True))
+    CASES["wan2.1"].run(pipe)
+    assert {record["reason"] for record in psa_report(pipe).records} == {"the preset is dense"}
     disable_psa(pipe)
     assert pipe.transformer.blocks[0].attn1.processor is found
 
