@@ -4,8 +4,11 @@ In: a pipeline of diffusers and the file of a LoRA. Out: the same pipeline with 
 distilled to a few steps with PSA also sets the scheduler, the defaults of the call and the default preset.
 
 - `load`: `load_psa_lora` and `unload_psa_lora`, the flow from a file to an active adapter and back
-- `files`: find and read the file
-- `check`: compare its keys and shapes with the denoisers
+- `files`: find the file
+- `content`: read it; nothing in it is trusted
+- `check`: compare its keys, shapes and values with the denoisers
+- `metadata`: the settings of peft in it that count, by the names of modules
+- `restore`: the pipeline as it was, after a load that failed half-way
 - `recipes`: the published few-step LoRAs, how they are recognised and what they need
 - `adapters`: which adapters of peft there are, in the weights or beside them
 - `undo`: what a few-step LoRA sets in a pipeline, and how it goes back

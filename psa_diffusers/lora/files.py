@@ -1,4 +1,4 @@
-"""Find and read the file of a LoRA: on the disk, in a folder, in a repository on the hub."""
+"""Find the file of a LoRA: on the disk, in a folder, in a repository on the hub."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from typing import Any
 
 from torch import Tensor
 
-from psa_diffusers.lora.recipes import DEFAULT_FILE, REPOSITORY, published_models, recipe_for
+from psa_diffusers.lora.content import read_file
+from psa_diffusers.lora.metadata import Metadata
+from psa_diffusers.lora.recipes import DEFAULT_FILE, REPOSITORY, published_models, recipes_for
 
 __all__ = ["read_lora"]
 
 
-def read_lora(
-    pipe: Any, source: str | Path, weight_name: str | None
-) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
+def read_lora(pipe: Any, source: str | Path, weight_name: str | None) -> tuple[dict[str, Tensor], Metadata]:
     """Return the weights, with the keys of diffusers where diffusers can convert them, and the metadata of the file.
 
     Args:
@@ -27,32 +27,26 @@ def read_lora(
         FileNotFoundError: If there is no such file.
         ValueError: If the file cannot be read, or several could be meant.
     """
-    from safetensors import SafetensorError
-
-    recipe = recipe_for(pipe)
-    known = None if recipe is None else recipe.file
+    known = next((recipe.file for recipe in recipes_for(pipe) if recipe.file is not None), None)
     path = _local_file(source, weight_name, known)
-    place, name = source, weight_name
-    if path is None and name is None and str(source) == REPOSITORY:
+    if path is not None:
+        return read_file(pipe, path)
+    if weight_name is None and str(source) == REPOSITORY:
         if known is None:
             raise ValueError(
                 f"{REPOSITORY} has no LoRA for this pipeline, only for {published_models()}; pass weight_name for "
                 "others"
             )
-        name = known
+        weight_name = known
+    path = _from_hub(str(source), weight_name)
     if path is not None:
-        # offline, older diffusers wants the name of the file; with another ending and a name it would unpickle
-        place, name = (path.parent, path.name) if path.suffix == ".safetensors" else (path, None)
-    try:
+        return read_file(pipe, path)
+    try:  # diffusers says why not
         weights, metadata = pipe.lora_state_dict(
-            str(place), weight_name=name, use_safetensors=True, return_lora_metadata=True
+            str(source), weight_name=weight_name, use_safetensors=True, return_lora_metadata=True
         )
     except OSError as error:
         raise FileNotFoundError(f"cannot get the LoRA {source!r} ({weight_name or 'any file'}): {error}") from error
-    except SafetensorError as error:
-        raise ValueError(f"{path or source} is not a safetensors file: {error}") from error
-    except KeyError as error:
-        raise ValueError(f"{path or source} is not a LoRA that diffusers can read: key {error} is missing") from error
     return weights, metadata
 
 
@@ -86,4 +80,19 @@ def _local_file(source: str | Path, weight_name: str | None, known: str | None) 
         raise FileNotFoundError(
             f"no LoRA file at {path}; give a safetensors file, its folder, or a hub repository owner/name"
         )
+    return None
+
+
+def _from_hub(repository: str, name: str | None) -> Path | None:
+    """Return where a file of a repository lies after a download; None if there is none to be had."""
+    from huggingface_hub import hf_hub_download, list_repo_files
+
+    try:
+        names = [name] if name else [file for file in list_repo_files(repository) if file.endswith(".safetensors")]
+        if len(names) == 1 or DEFAULT_FILE in names:
+            return Path(hf_hub_download(repository, DEFAULT_FILE if DEFAULT_FILE in names else names[0]))
+    except Exception:  # no network, no such repository, no access: whoever asks next says which
+        return None
+    if names:
+        raise ValueError(f"{repository} has several files; pass weight_name, one of {', '.join(sorted(names))}")
     return None

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import logging
+import math
 import re
+from collections.abc import Mapping
+from numbers import Real
 from pathlib import Path
 from typing import Any
+
+from torch import nn
 
 from psa_diffusers.lora.adapters import (
     active_adapters,
@@ -16,9 +21,11 @@ from psa_diffusers.lora.adapters import (
     loadable_parts,
     take_out_of_weights,
 )
-from psa_diffusers.lora.check import check_lora
+from psa_diffusers.lora.check import Change, changes_of, check_values
 from psa_diffusers.lora.files import read_lora
+from psa_diffusers.lora.metadata import adapter_settings, check_components, scaling_of
 from psa_diffusers.lora.recipes import choose_recipe
+from psa_diffusers.lora.restore import Before
 from psa_diffusers.lora.undo import apply_setup, check_idle, forget_adapters, make_setup, setup_of
 from psa_diffusers.models.registry import unwrap
 
@@ -82,22 +89,29 @@ def load_psa_lora(
     """
     if not hasattr(pipe, "load_lora_weights"):
         raise TypeError(f"load_psa_lora needs a pipeline that can load LoRAs, got {type(pipe).__name__}")
+    _check_arguments(adapter_name, scale)
     weights, metadata = read_lora(pipe, source, weight_name)
     if load_into_transformer_2 and not any(key.startswith("transformer_2.") for key in weights):
         weights = {re.sub(r"^transformer\.", "transformer_2.", key): weight for key, weight in weights.items()}
         metadata = metadata and {re.sub(r"^transformer\.", "transformer_2.", key): metadata[key] for key in metadata}
-    modules = check_lora(pipe, weights, source)
-    denoisers: dict[str, Any] = {component: unwrap(getattr(pipe, component)) for component in modules}
+    check_components(metadata, pipe._lora_loadable_modules, source)
+    changes = changes_of(pipe, weights, source)
+    modules = {name: {path: change.rank for path, change in each.items()} for name, each in changes.items()}
+    denoisers: dict[str, Any] = {component: unwrap(getattr(pipe, component)) for component in changes}
     for component, denoiser in denoisers.items():
         if adapter_name in getattr(denoiser, "peft_config", {}):
             raise ValueError(
                 f"{component} has an adapter {adapter_name!r} already; choose another adapter_name, or call "
                 f"unload_psa_lora(pipe, {adapter_name!r}) first"
             )
+    settings = {}
+    for component, ranks in modules.items():
+        settings[component] = adapter_settings(ranks, metadata, component, source)
+        scalings = {path: scale * scaling_of(settings[component], path, rank) for path, rank in ranks.items()}
+        check_values(denoisers[component], changes[component], scalings, source)
     recipe = choose_recipe(pipe, modules, few_steps)
     setup = None if recipe is None else make_setup(pipe, recipe, adapter_name)
 
-    active = {component: active_adapters(denoiser) for component, denoiser in denoisers.items()}
     fused = {component: fused_adapters(denoiser) for component, denoiser in denoisers.items()}
     if any(fused.values()) and not fuse:
         names = ", ".join(sorted({name for names in fused.values() for name in names}))
@@ -105,25 +119,21 @@ def load_psa_lora(
             f"the adapters {names} are fused into the weights, and peft computes with fused or with loose adapters, "
             "not with both. Pass fuse=True to fuse this one as well, or call pipe.unfuse_lora() first"
         )
+    merged = [layer for name, each in denoisers.items() for layer in _merged(each, changes[name])] if fuse else []
+    before = Before(pipe, merged)
     try:
         for component, denoiser in denoisers.items():
             take_out_of_weights(pipe, fused[component], only=component, for_now=True)
-            denoiser.load_lora_adapter(
-                weights, prefix=component, adapter_name=adapter_name, metadata=metadata, _pipeline=pipe
-            )
+            _insert(pipe, denoiser, changes[component], settings[component], adapter_name)
             # of the denoiser, not of the pipeline: what the other expert has stays
             denoiser.set_adapters([adapter_name], [scale])
             if fuse:
                 fuse_adapters(pipe, component, [*fused[component], adapter_name])
+        if setup is not None:
+            apply_setup(pipe, setup)
     except BaseException:
-        take_out_of_weights(pipe, [adapter_name], for_now=True)
-        for component, denoiser in denoisers.items():
-            delete_adapter(denoiser, adapter_name, active[component])
-            if fused[component] and not fused_adapters(denoiser):
-                fuse_adapters(pipe, component, fused[component])
+        before.restore()
         raise
-    if setup is not None:
-        apply_setup(pipe, setup)
     logger.info("LoRA %s in %s as %r, scale %g", source, " and ".join(denoisers), adapter_name, scale)
     return pipe
 
@@ -153,3 +163,46 @@ def unload_psa_lora(pipe: Any, adapter_name: str = "psa") -> Any:
         delete_adapter(denoiser, adapter_name, [name for name in active_adapters(denoiser) if name != adapter_name])
     forget_adapters(pipe)
     return pipe
+
+
+def _check_arguments(adapter_name: Any, scale: Any) -> None:
+    if not isinstance(scale, Real):
+        raise TypeError(f"scale is {scale!r}, expected a number; 1.0 is the strength as trained")
+    if not math.isfinite(scale):
+        raise ValueError(f"scale is {scale}, expected a finite number; 1.0 is the strength as trained")
+    if not isinstance(adapter_name, str):
+        raise TypeError(f"adapter_name is {adapter_name!r}, expected a string")
+    # it becomes the name of a module
+    if not adapter_name or "." in adapter_name or hasattr(nn.ModuleDict, adapter_name):
+        raise ValueError(f"adapter_name is {adapter_name!r}, expected a name without dots that torch does not use")
+
+
+def _merged(denoiser: nn.Module, changes: Mapping[str, Change]) -> list[nn.Module]:
+    """Return the modules whose weights change when a LoRA is fused: its own, and those that are fused already."""
+    fused = [module for module in denoiser.modules() if getattr(module, "merged_adapters", None)]
+    return [*(denoiser.get_submodule(path) for path in changes), *fused]
+
+
+def _insert(
+    pipe: Any, denoiser: Any, changes: Mapping[str, Change], settings: Mapping[str, Any], adapter_name: str
+) -> None:
+    """Put the layers of an adapter into a denoiser."""
+    has_bias = any(change.bias is not None for change in changes.values())
+    weights = {}
+    for path, change in changes.items():
+        weights[f"{path}.lora_A.weight"] = change.down
+        weights[f"{path}.lora_B.weight"] = change.up
+        if has_bias:  # of all layers or of none
+            bias = change.up.new_zeros(len(change.up)) if change.bias is None else change.bias
+            weights[f"{path}.lora_B.bias"] = bias
+    denoiser.load_lora_adapter(
+        weights,
+        prefix=None,
+        adapter_name=adapter_name,
+        metadata={**settings, "lora_bias": has_bias},
+        low_cpu_mem_usage=True,  # and no random numbers are drawn
+        _pipeline=pipe,
+    )
+    missing = [path for path in changes if adapter_name not in getattr(denoiser.get_submodule(path), "lora_A", ())]
+    if missing:
+        raise RuntimeError(f"peft has put no adapter into {missing[0]}, nor into {len(missing) - 1} other modules")

@@ -10,7 +10,7 @@ from typing import Any
 
 from psa_diffusers.models.registry import find_family, unwrap
 
-__all__ = ["DEFAULT_FILE", "RECIPES", "REPOSITORY", "Recipe", "choose_recipe", "published_models", "recipe_for"]
+__all__ = ["DEFAULT_FILE", "RECIPES", "REPOSITORY", "Recipe", "choose_recipe", "published_models", "recipes_for"]
 
 DEFAULT_FILE = "pytorch_lora_weights.safetensors"
 """The name under which diffusers saves a LoRA."""
@@ -27,12 +27,12 @@ class Recipe:
         family: Family of the denoisers that it is for.
         sections: Sections of the preset file whose models it is for.
         preset: Section and name of the preset that it was trained with.
-        file: Where the published weights stand in their repository.
+        file: Where the published weights stand in their repository; None for those that ship with the package.
         targets: Regular expression for the modules that it changes, all of the denoiser that match `required` among
             them. With `rank` this is the form by which a file is recognised.
         required: Regular expression for the modules that it must change.
         rank: Its rank.
-        scheduler: Scheduler class of diffusers.
+        scheduler: Scheduler class of diffusers; None for the pipeline's own.
         settings: What to change in the settings of the pipeline's scheduler.
         call: Arguments of the pipeline's call.
     """
@@ -40,11 +40,11 @@ class Recipe:
     family: str
     sections: frozenset[str]
     preset: tuple[str, str]
-    file: str
+    file: str | None
     targets: str
     required: str
     rank: int
-    scheduler: str
+    scheduler: str | None
     settings: Mapping[str, Any]
     call: Mapping[str, Any]
 
@@ -77,21 +77,33 @@ RECIPES = (
         settings={"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 3.0},
         call=_FOUR_STEPS,
     ),
+    # ships with the package
+    Recipe(
+        family="CogVideoX",
+        sections=frozenset({"demo"}),
+        preset=("demo", "psa_4steps"),
+        file=None,
+        targets=rf"transformer_blocks\.\d+\.attn1\.{_PROJECTIONS}",
+        required=rf"transformer_blocks\.\d+\.attn1\.{_PROJECTIONS}",
+        rank=48,
+        scheduler=None,
+        settings={},
+        call=_FOUR_STEPS,
+    ),
 )
 
 
-def recipe_for(pipe: Any) -> Recipe | None:
-    """Return the recipe of the few-step LoRA for this kind of pipeline, None if there is no such LoRA."""
+def recipes_for(pipe: Any) -> list[Recipe]:
+    """Return the recipes of the few-step LoRAs for this kind of pipeline."""
     denoiser = getattr(pipe, "transformer", None)
     if denoiser is None:
-        return None
+        return []
     denoiser = unwrap(denoiser)
     family = find_family(denoiser)
     if family is None or not set(_FOUR_STEPS) <= inspect.signature(type(pipe).__call__).parameters.keys():
-        return None
+        return []
     section, _ = family.section_of(denoiser, pipe)
-    fitting = (recipe for recipe in RECIPES if family.name == recipe.family and section in recipe.sections)
-    return next(fitting, None)
+    return [recipe for recipe in RECIPES if family.name == recipe.family and section in recipe.sections]
 
 
 def choose_recipe(pipe: Any, modules: Mapping[str, Mapping[str, int]], few_steps: bool | None) -> Recipe | None:
@@ -105,23 +117,25 @@ def choose_recipe(pipe: Any, modules: Mapping[str, Mapping[str, int]], few_steps
     Raises:
         ValueError: If `few_steps` is True and there is no such LoRA for this pipeline.
     """
-    recipe = None if few_steps is False else recipe_for(pipe)
-    if few_steps and recipe is None:
+    recipes = [] if few_steps is False else recipes_for(pipe)
+    if few_steps and not recipes:
         raise ValueError(
             f"few_steps=True: there is no LoRA for few steps for this pipeline, only for {published_models()}"
         )
-    if few_steps or recipe is None:
-        return recipe
+    by_form = next((recipe for recipe in recipes if _has_form(pipe, modules, recipe)), None)
+    return recipes[0] if few_steps and by_form is None else by_form
+
+
+def _has_form(pipe: Any, modules: Mapping[str, Mapping[str, int]], recipe: Recipe) -> bool:
     ranks = modules.get("transformer", {})
     required = {path for path, _ in unwrap(pipe.transformer).named_modules() if re.fullmatch(recipe.required, path)}
-    is_it = (
+    return (
         modules.keys() == {"transformer"}
         and required <= ranks.keys()
         and all(re.fullmatch(recipe.targets, path) and rank == recipe.rank for path, rank in ranks.items())
     )
-    return recipe if is_it else None
 
 
 def published_models() -> str:
     """Return the models that have a LoRA for few steps, for messages."""
-    return ", ".join(sorted(recipe.preset[0] for recipe in RECIPES))
+    return ", ".join(sorted(recipe.preset[0] for recipe in RECIPES if recipe.file is not None))

@@ -14,7 +14,7 @@ from typing import Any
 
 from psa_diffusers.lora.adapters import adapters_of, loadable_parts, take_out_of_weights
 from psa_diffusers.lora.recipes import Recipe
-from psa_diffusers.pipelines.enable import disable_psa, enable_psa
+from psa_diffusers.pipelines.enable import enable_psa
 from psa_diffusers.pipelines.host import is_running, pop_subclass, push_subclass
 from psa_diffusers.pipelines.state import set_state, state_of
 from psa_diffusers.presets import load_preset
@@ -41,6 +41,15 @@ class FewStepSetup:
     scheduler_before: Any
     scheduler: Any
     subclass: type | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy of the pipeline gets a class of its own."""
+        return {**vars(self), "subclass": None}
+
+    def wake(self, pipe: Any) -> None:
+        """Sit down on a copy of the pipeline, whose scheduler and weights are copies already."""
+        set_state(pipe, lora=self, default_preset=self.recipe.preset)
+        self.subclass = push_subclass(pipe, _methods(type(pipe), self.recipe))
 
 
 def setup_of(pipe: Any) -> FewStepSetup | None:
@@ -70,7 +79,9 @@ def make_setup(pipe: Any, recipe: Recipe, adapter_name: str) -> FewStepSetup:
         load_preset(
             *recipe.preset, **{key: value for key, value in switch.arguments.items() if key not in ("preset", "report")}
         )
-    scheduler = getattr(diffusers, recipe.scheduler).from_config(pipe.scheduler.config, **recipe.settings)
+    scheduler = pipe.scheduler
+    if recipe.scheduler is not None:
+        scheduler = getattr(diffusers, recipe.scheduler).from_config(scheduler.config, **recipe.settings)
     return FewStepSetup(recipe, [adapter_name], pipe.scheduler, scheduler)
 
 
@@ -80,15 +91,13 @@ def apply_setup(pipe: Any, setup: FewStepSetup) -> None:
     if before is not None:
         before.adapters += setup.adapters
         return
-    psa = _switch_off(pipe)
     pipe.scheduler = setup.scheduler
-    set_state(pipe, lora=setup, default_preset=setup.recipe.preset)
-    setup.subclass = push_subclass(pipe, _methods(type(pipe), setup.recipe))
-    _switch_on(pipe, psa)
+    setup.wake(pipe)
+    _change_preset(pipe)
     recipe = setup.recipe
     logger.info(
         "for this LoRA the pipeline has now %s, %s as defaults of its call, and the preset %s of enable_psa",
-        recipe.scheduler,
+        type(setup.scheduler).__name__,
         ", ".join(f"{name}={value}" for name, value in recipe.call.items()),
         recipe.preset[1],
     )
@@ -123,27 +132,19 @@ def check_idle(pipe: Any) -> None:
 
 
 def _give_back(pipe: Any, setup: FewStepSetup) -> None:
-    psa = _switch_off(pipe)
     set_state(pipe, lora=None, default_preset=None)
     if pipe.scheduler is setup.scheduler:  # else somebody has chosen another since
         pipe.scheduler = setup.scheduler_before
     if setup.subclass is not None:
         pop_subclass(pipe, setup.subclass)
-    _switch_on(pipe, psa)
+    _change_preset(pipe)
 
 
-def _switch_off(pipe: Any) -> dict[str, Any] | None:
-    """Switch PSA off if it is on with the default preset, which changes; return how to switch it on again."""
+def _change_preset(pipe: Any) -> None:
+    """Follow the default preset, where PSA is on with it."""
     switch = state_of(pipe).switch
-    if switch is None or switch.arguments["preset"] is not None:
-        return None
-    disable_psa(pipe)
-    return switch.arguments
-
-
-def _switch_on(pipe: Any, arguments: dict[str, Any] | None) -> None:
-    if arguments is not None:
-        enable_psa(pipe, **arguments)
+    if switch is not None and switch.arguments["preset"] is None:
+        enable_psa(pipe, **switch.arguments)
 
 
 def _methods(cls: Any, recipe: Recipe) -> dict[str, Any]:
