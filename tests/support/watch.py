@@ -10,6 +10,7 @@ from collections import Counter
 from typing import Any
 
 import pytest
+import torch
 from guests import denoisers
 
 from psa_diffusers.models import families
@@ -61,9 +62,13 @@ class Watch:
             attentions: Regular expression of the paths of the video self-attentions.
         """
         for denoiser in denoisers(pipe):
-            denoiser.register_forward_pre_hook(self._read_timestep, with_kwargs=True)
-            modules = denoiser.named_modules()
-            self._attentions |= {module for path, module in modules if re.fullmatch(attentions, path)}
+            self.denoiser(denoiser, attentions)
+
+    def denoiser(self, denoiser: Any, attentions: str) -> Any:
+        """Listen to one denoiser; return the handle of the hook that does."""
+        modules = denoiser.named_modules()
+        self._attentions |= {module for path, module in modules if re.fullmatch(attentions, path)}
+        return denoiser.register_forward_pre_hook(self._read_timestep, with_kwargs=True)
 
     def steps(self) -> list[Counter]:
         """Calls of each kind in each denoising step, of everything since the last `clear`."""
@@ -78,13 +83,19 @@ class Watch:
     def clear(self) -> None:
         self.calls.clear()
 
+    def forget(self) -> None:
+        """Know no denoiser any more; the hooks are the caller's to remove."""
+        self.clear()
+        self._attentions.clear()
+
     def _read_timestep(self, module: Any, args: Any, kwargs: dict[str, Any]) -> None:
         self._timestep = float(named_inputs(module, args, kwargs)["timestep"].max())
 
     def _noting_dense(self, call: Any) -> Any:
         @functools.wraps(call)
         def wrapped(self_: Any, attn: Any, *args: Any, **kwargs: Any):
-            if attn in self._attentions:
+            # what compiled code does is not seen: it would be compiled again for every timestep
+            if attn in self._attentions and not torch.compiler.is_compiling():
                 self.calls.append((self._timestep, "dense"))
             return call(self_, attn, *args, **kwargs)
 
@@ -93,7 +104,8 @@ class Watch:
     def _noting_sparse(self, call: Any) -> Any:
         @functools.wraps(call)
         def wrapped(*args: Any, **kwargs: Any) -> Any:
-            self.calls.append((self._timestep, "sparse"))
+            if not torch.compiler.is_compiling():
+                self.calls.append((self._timestep, "sparse"))
             return call(*args, **kwargs)
 
         return wrapped
