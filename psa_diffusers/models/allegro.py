@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from psa_diffusers.models.grid import read_latents
 from psa_diffusers.models.registry import Family, SectionRule, make_instance_of, register_family
 from psa_diffusers.processors.base import FamilyProcessor, Projected, split_heads
 
@@ -34,15 +33,13 @@ class AllegroPSAProcessor(FamilyProcessor):
         return q, k, v
 
 
-register_family(
-    Family(
-        name="Allegro",
-        denoisers=("AllegroTransformer3DModel",),
-        attentions=r"transformer_blocks\.\d+\.attn1",
-        read_grid=read_latents,
-        sections=(SectionRule("Allegro", 24, 32),),
-        processor=AllegroPSAProcessor,
-        make_default=make_instance_of(UPSTREAM),
-        pipelines=("AllegroPipeline",),
-    )
+FAMILY = Family(
+    name="Allegro",
+    denoisers=("AllegroTransformer3DModel",),
+    attentions=r"transformer_blocks\.\d+\.attn1",
+    sections=(SectionRule("Allegro", 24, 32),),
+    processor=AllegroPSAProcessor,
+    make_default=make_instance_of(UPSTREAM),
+    pipelines=("AllegroPipeline",),
 )
+register_family(FAMILY)

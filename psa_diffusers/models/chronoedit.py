@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from psa_diffusers.models.grid import read_latents
 from psa_diffusers.models.registry import Family, SectionRule, register_family
 from psa_diffusers.models.wan_attention import WanPSAProcessor
 
@@ -12,14 +11,12 @@ UPSTREAM_DIGESTS = {
 """Start of the SHA-256 of the source of `__call__` in the diffusers versions that were read and tested."""
 
 
-register_family(
-    Family(
-        name="ChronoEdit",
-        denoisers=("ChronoEditTransformer3DModel",),
-        attentions=r"blocks\.\d+\.attn1",
-        read_grid=read_latents,
-        sections=(SectionRule("ChronoEdit_14b", 40, 40),),
-        processor=WanPSAProcessor,
-        pipelines=("ChronoEditPipeline",),
-    )
+FAMILY = Family(
+    name="ChronoEdit",
+    denoisers=("ChronoEditTransformer3DModel",),
+    attentions=r"blocks\.\d+\.attn1",
+    sections=(SectionRule("ChronoEdit_14b", 40, 40),),
+    processor=WanPSAProcessor,
+    pipelines=("ChronoEditPipeline",),
 )
+register_family(FAMILY)

@@ -26,26 +26,25 @@ def _is_1_0(config: Any, pipe: Any) -> bool:
     return config.patch_size_t is None
 
 
-register_family(
-    Family(
-        name="CogVideoX",
-        denoisers=("CogVideoXTransformer3DModel",),
-        attentions=r"transformer_blocks\.\d+\.attn1",
-        read_grid=read_grid,
-        text_first=True,
-        sections=(
-            SectionRule("demo", None, None, _is_demo),
-            SectionRule("CogVideo_2b", 30, 30, _is_1_0),
-            SectionRule("CogVideo_5b", 48, 42, _is_1_0),
-            SectionRule("CogVideo1.5_5b", 48, 42, _is_1_5),
-        ),
-        processor=CogVideoXPSAProcessor,
-        make_default=make_default,
-        pipelines=(
-            "CogVideoXPipeline",
-            "CogVideoXImageToVideoPipeline",
-            "CogVideoXVideoToVideoPipeline",
-            "CogVideoXFunControlPipeline",
-        ),
-    )
+FAMILY = Family(
+    name="CogVideoX",
+    denoisers=("CogVideoXTransformer3DModel",),
+    attentions=r"transformer_blocks\.\d+\.attn1",
+    read_grid=read_grid,
+    text_first=True,
+    sections=(
+        SectionRule("demo", None, None, _is_demo),
+        SectionRule("CogVideo_2b", 30, 30, _is_1_0),
+        SectionRule("CogVideo_5b", 48, 42, _is_1_0),
+        SectionRule("CogVideo1.5_5b", 48, 42, _is_1_5),
+    ),
+    processor=CogVideoXPSAProcessor,
+    make_default=make_default,
+    pipelines=(
+        "CogVideoXPipeline",
+        "CogVideoXImageToVideoPipeline",
+        "CogVideoXVideoToVideoPipeline",
+        "CogVideoXFunControlPipeline",
+    ),
 )
+register_family(FAMILY)

@@ -9,17 +9,16 @@ UPSTREAM_DIGESTS: dict[str, set[str]] = {}
 """Its attention is that of cogvideox.py."""
 
 
-register_family(
-    Family(
-        name="ConsisID",
-        denoisers=("ConsisIDTransformer3DModel",),
-        attentions=r"transformer_blocks\.\d+\.attn1",
-        read_grid=read_grid,
-        text_first=True,
-        # of the size of CogVideoX-5B, and made from it
-        sections=(SectionRule("CogVideo_5b", 48, 42),),
-        processor=CogVideoXPSAProcessor,
-        make_default=make_default,
-        pipelines=("ConsisIDPipeline",),
-    )
+FAMILY = Family(
+    name="ConsisID",
+    denoisers=("ConsisIDTransformer3DModel",),
+    attentions=r"transformer_blocks\.\d+\.attn1",
+    read_grid=read_grid,
+    text_first=True,
+    # of the size of CogVideoX-5B, and made from it
+    sections=(SectionRule("CogVideo_5b", 48, 42),),
+    processor=CogVideoXPSAProcessor,
+    make_default=make_default,
+    pipelines=("ConsisIDPipeline",),
 )
+register_family(FAMILY)

@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from psa_diffusers.models.grid import read_latents
 from psa_diffusers.models.registry import Family, SectionRule, register_family
 from psa_diffusers.processors.base import TEXT_ARGUMENTS, FamilyProcessor, Projected, split_heads
 
@@ -41,27 +40,25 @@ def make_default(config: Any, path: str, attn: Any) -> Any:
     return getattr(transformer_cosmos, f"CosmosAttnProcessor{kind}")()
 
 
-register_family(
-    Family(
-        name="Cosmos",
-        denoisers=("CosmosTransformer3DModel",),
-        attentions=r"transformer_blocks\.\d+\.attn1",
-        read_grid=read_latents,
-        sections=(
-            SectionRule("Cosmos", 16, 28),
-            SectionRule("Cosmos", 32, 28),
-            SectionRule("Cosmos", 32, 36),
-            SectionRule("Cosmos", 40, 36),
-        ),
-        processor=CosmosPSAProcessor,
-        make_default=make_default,
-        pipelines=(
-            "CosmosTextToWorldPipeline",
-            "CosmosVideoToWorldPipeline",
-            "Cosmos2VideoToWorldPipeline",
-            "Cosmos2_5_PredictBasePipeline",
-            "Cosmos2_5_TransferPipeline",
-        ),
-        dense="the few blocks of the control network of Cosmos 2.5 Transfer, which is a model of its own",
-    )
+FAMILY = Family(
+    name="Cosmos",
+    denoisers=("CosmosTransformer3DModel",),
+    attentions=r"transformer_blocks\.\d+\.attn1",
+    sections=(
+        SectionRule("Cosmos", 16, 28),
+        SectionRule("Cosmos", 32, 28),
+        SectionRule("Cosmos", 32, 36),
+        SectionRule("Cosmos", 40, 36),
+    ),
+    processor=CosmosPSAProcessor,
+    make_default=make_default,
+    pipelines=(
+        "CosmosTextToWorldPipeline",
+        "CosmosVideoToWorldPipeline",
+        "Cosmos2VideoToWorldPipeline",
+        "Cosmos2_5_PredictBasePipeline",
+        "Cosmos2_5_TransferPipeline",
+    ),
+    dense="the few blocks of the control network of Cosmos 2.5 Transfer, which is a model of its own",
 )
+register_family(FAMILY)

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 from psa_diffusers.models.cogvideox_attention import rotate_behind
-from psa_diffusers.models.grid import read_latents
 from psa_diffusers.models.joint_attention import norm, project_back
 from psa_diffusers.models.registry import Family, SectionRule, make_instance_of, register_family
 from psa_diffusers.processors.base import TEXT_ARGUMENTS, FamilyProcessor, Projected, split_heads
@@ -61,16 +60,14 @@ def project(attn: Any, text: Tensor, video: Tensor) -> tuple[Tensor, Tensor, Ten
     return q, k, v
 
 
-register_family(
-    Family(
-        name="EasyAnimate",
-        denoisers=("EasyAnimateTransformer3DModel",),
-        attentions=r"transformer_blocks\.\d+\.attn1",
-        read_grid=read_latents,
-        text_first=True,
-        sections=(SectionRule("EasyAnimate", 48, 48),),
-        processor=EasyAnimatePSAProcessor,
-        make_default=make_instance_of(UPSTREAM),
-        pipelines=("EasyAnimatePipeline", "EasyAnimateInpaintPipeline", "EasyAnimateControlPipeline"),
-    )
+FAMILY = Family(
+    name="EasyAnimate",
+    denoisers=("EasyAnimateTransformer3DModel",),
+    attentions=r"transformer_blocks\.\d+\.attn1",
+    text_first=True,
+    sections=(SectionRule("EasyAnimate", 48, 48),),
+    processor=EasyAnimatePSAProcessor,
+    make_default=make_instance_of(UPSTREAM),
+    pipelines=("EasyAnimatePipeline", "EasyAnimateInpaintPipeline", "EasyAnimateControlPipeline"),
 )
+register_family(FAMILY)

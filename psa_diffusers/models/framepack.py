@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from psa_diffusers.models.grid import read_latents
 from psa_diffusers.models.joint_attention import UPSTREAM, JointPSAProcessor, make_default_of
 from psa_diffusers.models.registry import Family, SectionRule, register_family
 
@@ -28,19 +27,17 @@ def read_text(config: Any, inputs: Mapping[str, Any]) -> Tensor:
     return (lengths + inputs["image_embeds"].shape[1]).cpu()
 
 
-register_family(
-    Family(
-        name="Framepack",
-        denoisers=("HunyuanVideoFramepackTransformer3DModel",),
-        attentions=r"(single_)?transformer_blocks\.\d+\.attn",
-        read_grid=read_latents,
-        text_first=False,
-        read_text=read_text,
-        sections=(SectionRule("Framepack", 24, 20),),
-        processor=FramepackPSAProcessor,
-        make_default=make_default_of(UPSTREAM),
-        pipelines=("HunyuanVideoFramepackPipeline",),
-        sparse="the attention of both kinds of blocks over the window that is being made",
-        dense="the history: it has no one grid, so it reads, and is read, at full resolution",
-    )
+FAMILY = Family(
+    name="Framepack",
+    denoisers=("HunyuanVideoFramepackTransformer3DModel",),
+    attentions=r"(single_)?transformer_blocks\.\d+\.attn",
+    text_first=False,
+    read_text=read_text,
+    sections=(SectionRule("Framepack", 24, 20),),
+    processor=FramepackPSAProcessor,
+    make_default=make_default_of(UPSTREAM),
+    pipelines=("HunyuanVideoFramepackPipeline",),
+    sparse="the attention of both kinds of blocks over the window that is being made",
+    dense="the history: it has no one grid, so it reads, and is read, at full resolution",
 )
+register_family(FAMILY)

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 
-from psa_diffusers.models.grid import read_latents
 from psa_diffusers.models.registry import Family, SectionRule, register_family
 from psa_diffusers.models.wan_attention import project
 from psa_diffusers.processors.base import FamilyProcessor, Projected
@@ -47,17 +46,15 @@ class HeliosPSAProcessor(FamilyProcessor):
         return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
 
 
-register_family(
-    Family(
-        name="Helios",
-        denoisers=("HeliosTransformer3DModel",),
-        attentions=r"blocks\.\d+\.attn1",
-        read_grid=read_latents,
-        text_first=True,
-        sections=(SectionRule("Helios", 40, 40),),
-        processor=HeliosPSAProcessor,
-        pipelines=("HeliosPipeline", "HeliosPyramidPipeline"),
-        sparse="every video self-attention over the chunk that is being made",
-        dense="the history: it has no one grid, so it reads, and is read, at full resolution",
-    )
+FAMILY = Family(
+    name="Helios",
+    denoisers=("HeliosTransformer3DModel",),
+    attentions=r"blocks\.\d+\.attn1",
+    text_first=True,
+    sections=(SectionRule("Helios", 40, 40),),
+    processor=HeliosPSAProcessor,
+    pipelines=("HeliosPipeline", "HeliosPyramidPipeline"),
+    sparse="every video self-attention over the chunk that is being made",
+    dense="the history: it has no one grid, so it reads, and is read, at full resolution",
 )
+register_family(FAMILY)

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from psa_diffusers.models.grid import read_latents
 from psa_diffusers.models.joint_attention import JointPSAProcessor, make_default_of
 from psa_diffusers.models.registry import Family, SectionRule, register_family
 
@@ -30,18 +29,16 @@ def read_text(config: Any, inputs: Mapping[str, Any]) -> Tensor:
     return (lengths + image.shape[1] * torch.any(image != 0)).cpu()
 
 
-register_family(
-    Family(
-        name="HunyuanVideo 1.5",
-        denoisers=("HunyuanVideo15Transformer3DModel",),
-        attentions=r"transformer_blocks\.\d+\.attn",
-        read_grid=read_latents,
-        text_first=False,
-        read_text=read_text,
-        sections=(SectionRule("HunyuanVideo1.5", 16, 54),),
-        processor=JointPSAProcessor,
-        make_default=make_default_of(UPSTREAM),
-        pipelines=("HunyuanVideo15Pipeline", "HunyuanVideo15ImageToVideoPipeline"),
-        sparse="the attention of every block, over video and valid text; padding is left out, and no mask made of it",
-    )
+FAMILY = Family(
+    name="HunyuanVideo 1.5",
+    denoisers=("HunyuanVideo15Transformer3DModel",),
+    attentions=r"transformer_blocks\.\d+\.attn",
+    text_first=False,
+    read_text=read_text,
+    sections=(SectionRule("HunyuanVideo1.5", 16, 54),),
+    processor=JointPSAProcessor,
+    make_default=make_default_of(UPSTREAM),
+    pipelines=("HunyuanVideo15Pipeline", "HunyuanVideo15ImageToVideoPipeline"),
+    sparse="the attention of every block, over video and valid text; padding is left out, and no mask made of it",
 )
+register_family(FAMILY)

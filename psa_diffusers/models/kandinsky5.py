@@ -62,17 +62,16 @@ def read_size(config: Any) -> tuple[int, int]:
     return config.model_dim // sum(config.axes_dims), config.num_visual_blocks
 
 
-register_family(
-    Family(
-        name="Kandinsky 5",
-        denoisers=("Kandinsky5Transformer3DModel",),
-        attentions=r"visual_transformer_blocks\.\d+\.self_attention",
-        read_grid=read_grid,
-        sections=(SectionRule("Kandinsky5", 28, 32), SectionRule("Kandinsky5", 32, 60)),
-        read_size=read_size,
-        processor=Kandinsky5PSAProcessor,
-        pipelines=("Kandinsky5T2VPipeline", "Kandinsky5I2VPipeline"),
-        dense="checkpoints with `attention_type` nabla (10-second videos): they run the block-sparse attention that "
-        "they were trained with",
-    )
+FAMILY = Family(
+    name="Kandinsky 5",
+    denoisers=("Kandinsky5Transformer3DModel",),
+    attentions=r"visual_transformer_blocks\.\d+\.self_attention",
+    read_grid=read_grid,
+    sections=(SectionRule("Kandinsky5", 28, 32), SectionRule("Kandinsky5", 32, 60)),
+    read_size=read_size,
+    processor=Kandinsky5PSAProcessor,
+    pipelines=("Kandinsky5T2VPipeline", "Kandinsky5I2VPipeline"),
+    dense="checkpoints with `attention_type` nabla (10-second videos): they run the block-sparse attention that "
+    "they were trained with",
 )
+register_family(FAMILY)

@@ -52,22 +52,21 @@ def read_context(config: Any, inputs: Mapping[str, Any]) -> int | None:
     return None if positions is None else find_grid(positions[0]).first
 
 
-register_family(
-    Family(
-        name="LTX-Video",
-        denoisers=("LTXVideoTransformer3DModel",),
-        attentions=r"transformer_blocks\.\d+\.attn1",
-        read_grid=read_grid,
-        read_context=read_context,
-        text_first=True,
-        sections=(SectionRule("LTX-Video", 32, 28), SectionRule("LTX-Video", 32, 48)),
-        processor=LTXPSAProcessor,
-        pipelines=(
-            "LTXPipeline",
-            "LTXImageToVideoPipeline",
-            "LTXConditionPipeline",
-            "LTXI2VLongMultiPromptPipeline",
-        ),
-        sparse="every video self-attention; keyframes given as tokens of their own are read in full",
-    )
+FAMILY = Family(
+    name="LTX-Video",
+    denoisers=("LTXVideoTransformer3DModel",),
+    attentions=r"transformer_blocks\.\d+\.attn1",
+    read_grid=read_grid,
+    read_context=read_context,
+    text_first=True,
+    sections=(SectionRule("LTX-Video", 32, 28), SectionRule("LTX-Video", 32, 48)),
+    processor=LTXPSAProcessor,
+    pipelines=(
+        "LTXPipeline",
+        "LTXImageToVideoPipeline",
+        "LTXConditionPipeline",
+        "LTXI2VLongMultiPromptPipeline",
+    ),
+    sparse="every video self-attention; keyframes given as tokens of their own are read in full",
 )
+register_family(FAMILY)

@@ -75,25 +75,24 @@ def make_default(config: Any, path: str, attn: Any) -> Any:
     return getattr(transformer_ltx2, f"LTX2{'Perturbed' if is_perturbed else 'AudioVideo'}AttnProcessor")()
 
 
-register_family(
-    Family(
-        name="LTX-2",
-        denoisers=("LTX2VideoTransformer3DModel",),
-        attentions=r"transformer_blocks\.\d+\.attn1",
-        read_grid=read_grid,
-        text_first=False,
-        sections=(SectionRule("LTX-2", 32, 48),),
-        processor=LTX2PSAProcessor,
-        make_default=make_default,
-        pipelines=(
-            "LTX2Pipeline",
-            "LTX2ImageToVideoPipeline",
-            "LTX2ConditionPipeline",
-            "LTX2InContextPipeline",
-            "LTX2HDRPipeline",
-        ),
-        sparse="every self-attention over video; keyframes and references beside the grid are read in full",
-        dense="all over sound, which is short; layers that spatio-temporal guidance perturbs; calls with an attention "
-        "mask (a reference of reduced strength); the DFR pipelines, whose inputs do not tell the grid",
-    )
+FAMILY = Family(
+    name="LTX-2",
+    denoisers=("LTX2VideoTransformer3DModel",),
+    attentions=r"transformer_blocks\.\d+\.attn1",
+    read_grid=read_grid,
+    text_first=False,
+    sections=(SectionRule("LTX-2", 32, 48),),
+    processor=LTX2PSAProcessor,
+    make_default=make_default,
+    pipelines=(
+        "LTX2Pipeline",
+        "LTX2ImageToVideoPipeline",
+        "LTX2ConditionPipeline",
+        "LTX2InContextPipeline",
+        "LTX2HDRPipeline",
+    ),
+    sparse="every self-attention over video; keyframes and references beside the grid are read in full",
+    dense="all over sound, which is short; layers that spatio-temporal guidance perturbs; calls with an attention "
+    "mask (a reference of reduced strength); the DFR pipelines, whose inputs do not tell the grid",
 )
+register_family(FAMILY)

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from psa_diffusers.models.grid import read_latents
 from psa_diffusers.models.joint_attention import JointPSAProcessor, count_valid, project
 from psa_diffusers.models.registry import Family, SectionRule, make_instance_of, register_family
 from psa_diffusers.processors.base import Projected
@@ -46,19 +45,17 @@ def read_text(config: Any, inputs: Mapping[str, Any]) -> Tensor | None:
     return count_valid(inputs["encoder_attention_mask"])
 
 
-register_family(
-    Family(
-        name="Mochi",
-        denoisers=("MochiTransformer3DModel",),
-        attentions=r"transformer_blocks\.\d+\.attn1",
-        read_grid=read_latents,
-        text_first=False,
-        read_text=read_text,
-        timesteps_rise=True,
-        sections=(SectionRule("Mochi", 24, 48),),
-        processor=MochiPSAProcessor,
-        make_default=make_instance_of(UPSTREAM),
-        pipelines=("MochiPipeline",),
-        sparse="every self-attention, over video and valid text; padding is left out, as upstream does",
-    )
+FAMILY = Family(
+    name="Mochi",
+    denoisers=("MochiTransformer3DModel",),
+    attentions=r"transformer_blocks\.\d+\.attn1",
+    text_first=False,
+    read_text=read_text,
+    timesteps_rise=True,
+    sections=(SectionRule("Mochi", 24, 48),),
+    processor=MochiPSAProcessor,
+    make_default=make_instance_of(UPSTREAM),
+    pipelines=("MochiPipeline",),
+    sparse="every self-attention, over video and valid text; padding is left out, as upstream does",
 )
+register_family(FAMILY)

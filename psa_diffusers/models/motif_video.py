@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from psa_diffusers.models.grid import read_latents
 from psa_diffusers.models.joint_attention import JointPSAProcessor, count_valid
 from psa_diffusers.models.registry import Family, SectionRule, register_family
 
@@ -52,18 +51,16 @@ def read_text(config: Any, inputs: Mapping[str, Any]) -> Tensor | None:
     return lengths + image.shape[1]
 
 
-register_family(
-    Family(
-        name="Motif-Video",
-        denoisers=("MotifVideoTransformer3DModel",),
-        attentions=r"(single_)?transformer_blocks\.\d+\.attn",
-        read_grid=read_latents,
-        text_first=False,
-        read_text=read_text,
-        sections=(SectionRule("Motif-Video", 24, 20),),
-        processor=MotifVideoPSAProcessor,
-        pipelines=("MotifVideoPipeline", "MotifVideoImage2VideoPipeline"),
-        sparse="the attention of all blocks, over video and valid text; padding is left out. The decoder's blocks, "
-        "which attend to two versions of the video, see a grid of twice the frames",
-    )
+FAMILY = Family(
+    name="Motif-Video",
+    denoisers=("MotifVideoTransformer3DModel",),
+    attentions=r"(single_)?transformer_blocks\.\d+\.attn",
+    text_first=False,
+    read_text=read_text,
+    sections=(SectionRule("Motif-Video", 24, 20),),
+    processor=MotifVideoPSAProcessor,
+    pipelines=("MotifVideoPipeline", "MotifVideoImage2VideoPipeline"),
+    sparse="the attention of all blocks, over video and valid text; padding is left out. The decoder's blocks, "
+    "which attend to two versions of the video, see a grid of twice the frames",
 )
+register_family(FAMILY)

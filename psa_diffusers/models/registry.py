@@ -45,6 +45,18 @@ def read_size(config: Any) -> tuple[int, int]:
     return config.num_attention_heads, config.num_layers
 
 
+def read_latents(config: Any, inputs: Mapping[str, Any]) -> Grid | None:
+    """Latents ``[B, C, F, H, W]`` in patches of `patch_size`, three numbers, or one and `patch_size_t`."""
+    latents = inputs.get("hidden_states")
+    if latents is None or latents.ndim != 5:
+        return None
+    patch = config.patch_size
+    if isinstance(patch, int):
+        patch = (getattr(config, "patch_size_t", None) or 1, patch, patch)
+    frames, height, width = (size // edge for size, edge in zip(latents.shape[2:], patch, strict=True))
+    return frames, height, width
+
+
 @dataclass(frozen=True)
 class Family:
     """What PSA must know about one denoiser architecture. The only per-model facts in the package.
@@ -53,8 +65,8 @@ class Family:
         name: For people.
         denoisers: Class names. Names, because diffusers copies classes between files.
         attentions: Regular expression for the module path of the video self-attentions.
-        read_grid: `(config, inputs of forward by name)` to the token grid, None if these inputs do not tell.
         processor: `(layer, original, site)` to the family's sparse processor, a subclass of `FamilyProcessor`.
+        read_grid: `(config, inputs of forward by name)` to the token grid, None if these inputs do not tell.
         text_first: Whether a joint sequence has its text in front; True where there is no text in the sequence.
         read_text: `(config, inputs of forward by name)` to the number of valid text tokens of each sample, ``[B]``
             integers on the CPU, None if the padding is not at the end; for sequences that end in padded text.
@@ -73,8 +85,8 @@ class Family:
     name: str
     denoisers: tuple[str, ...]
     attentions: str
-    read_grid: Callable[[Any, Mapping[str, Any]], Grid | None]
     processor: Callable[..., Any]
+    read_grid: Callable[[Any, Mapping[str, Any]], Grid | None] = read_latents
     text_first: bool = True
     read_text: Callable[[Any, Mapping[str, Any]], Tensor | None] | None = None
     read_context: Callable[[Any, Mapping[str, Any]], int | None] | None = None

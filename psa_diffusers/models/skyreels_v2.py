@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from psa_diffusers.models.grid import read_latents
 from psa_diffusers.models.registry import Family, SectionRule, register_family
 from psa_diffusers.models.wan_attention import WanPSAProcessor
 
@@ -25,22 +24,20 @@ def make_default(config: Any, path: str, attn: Any) -> Any:
     return made()
 
 
-register_family(
-    Family(
-        name="SkyReels-V2",
-        denoisers=("SkyReelsV2Transformer3DModel",),
-        attentions=r"blocks\.\d+\.attn1",
-        read_grid=read_latents,
-        sections=(SectionRule("SkyReels-V2", 12, 30), SectionRule("SkyReels-V2", 40, 40)),
-        processor=WanPSAProcessor,
-        make_default=make_default,
-        pipelines=(
-            "SkyReelsV2Pipeline",
-            "SkyReelsV2ImageToVideoPipeline",
-            "SkyReelsV2DiffusionForcingPipeline",
-            "SkyReelsV2DiffusionForcingImageToVideoPipeline",
-            "SkyReelsV2DiffusionForcingVideoToVideoPipeline",
-        ),
-        dense="calls with `causal_block_size` above 1: their block-causal mask forbids what PSA would read",
-    )
+FAMILY = Family(
+    name="SkyReels-V2",
+    denoisers=("SkyReelsV2Transformer3DModel",),
+    attentions=r"blocks\.\d+\.attn1",
+    sections=(SectionRule("SkyReels-V2", 12, 30), SectionRule("SkyReels-V2", 40, 40)),
+    processor=WanPSAProcessor,
+    make_default=make_default,
+    pipelines=(
+        "SkyReelsV2Pipeline",
+        "SkyReelsV2ImageToVideoPipeline",
+        "SkyReelsV2DiffusionForcingPipeline",
+        "SkyReelsV2DiffusionForcingImageToVideoPipeline",
+        "SkyReelsV2DiffusionForcingVideoToVideoPipeline",
+    ),
+    dense="calls with `causal_block_size` above 1: their block-causal mask forbids what PSA would read",
 )
+register_family(FAMILY)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from psa_diffusers.models.grid import read_latents
 from psa_diffusers.models.registry import Family, SectionRule, register_family
 from psa_diffusers.models.wan_attention import WanPSAProcessor
 
@@ -37,21 +36,19 @@ def _is_2_1(config: Any, pipe: Any) -> bool:
     return not _has_experts(config, pipe) and not _is_ti2v(config, pipe)
 
 
-register_family(
-    Family(
-        name="Wan",
-        denoisers=("WanTransformer3DModel",),
-        attentions=r"blocks\.\d+\.attn1",
-        read_grid=read_latents,
-        sections=(
-            SectionRule("demo", None, None, _is_demo),
-            SectionRule("Wan2.1_1.3b", 12, 30, _is_2_1),
-            SectionRule("Wan2.1_14b", 40, 40, _is_2_1),
-            SectionRule("Wan2.2_5B", 24, 30, _is_ti2v),
-            SectionRule("Wan2.2_A14B", 40, 40, _has_experts),
-        ),
-        processor=WanPSAProcessor,
-        pipelines=("WanPipeline", "WanImageToVideoPipeline", "WanVideoToVideoPipeline", "LucyEditPipeline"),
-        sparse="every video self-attention, of both experts where there are two",
-    )
+FAMILY = Family(
+    name="Wan",
+    denoisers=("WanTransformer3DModel",),
+    attentions=r"blocks\.\d+\.attn1",
+    sections=(
+        SectionRule("demo", None, None, _is_demo),
+        SectionRule("Wan2.1_1.3b", 12, 30, _is_2_1),
+        SectionRule("Wan2.1_14b", 40, 40, _is_2_1),
+        SectionRule("Wan2.2_5B", 24, 30, _is_ti2v),
+        SectionRule("Wan2.2_A14B", 40, 40, _has_experts),
+    ),
+    processor=WanPSAProcessor,
+    pipelines=("WanPipeline", "WanImageToVideoPipeline", "WanVideoToVideoPipeline", "LucyEditPipeline"),
+    sparse="every video self-attention, of both experts where there are two",
 )
+register_family(FAMILY)

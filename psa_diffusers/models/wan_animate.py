@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from psa_diffusers.models.grid import read_latents
 from psa_diffusers.models.registry import Family, SectionRule, register_family
 from psa_diffusers.models.wan_attention import WanPSAProcessor
 
@@ -12,15 +11,13 @@ UPSTREAM_DIGESTS = {
 """Start of the SHA-256 of the source of `__call__` in the diffusers versions that were read and tested."""
 
 
-register_family(
-    Family(
-        name="Wan Animate",
-        denoisers=("WanAnimateTransformer3DModel",),
-        attentions=r"blocks\.\d+\.attn1",
-        read_grid=read_latents,
-        sections=(SectionRule("Wan2.2_Animate", 40, 40),),
-        processor=WanPSAProcessor,
-        pipelines=("WanAnimatePipeline",),
-        sparse="every video self-attention; not the face adapter, whose queries attend to the face of their frame",
-    )
+FAMILY = Family(
+    name="Wan Animate",
+    denoisers=("WanAnimateTransformer3DModel",),
+    attentions=r"blocks\.\d+\.attn1",
+    sections=(SectionRule("Wan2.2_Animate", 40, 40),),
+    processor=WanPSAProcessor,
+    pipelines=("WanAnimatePipeline",),
+    sparse="every video self-attention; not the face adapter, whose queries attend to the face of their frame",
 )
+register_family(FAMILY)

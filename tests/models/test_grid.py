@@ -7,7 +7,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from psa_diffusers.models.grid import read_coordinates, read_latents
+from psa_diffusers.models.grid import read_coordinates
+from psa_diffusers.models.registry import read_latents
 
 
 def positions(frames, height, width, times):
