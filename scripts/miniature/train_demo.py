@@ -52,14 +52,11 @@ def parse(argv=None):
 def main(argv=None):
     args = parse(argv)
     import torch  # late: --help answers at once
-    from accelerate import Accelerator
-    from accelerate.utils import set_seed
+
+    from .training import begin
 
     torch.set_float32_matmul_precision("high")
-    accelerator = Accelerator(cpu=args.cpu)
-    set_seed(args.seed)
-    args.output.mkdir(parents=True, exist_ok=True)
-    training = Training(args, accelerator)
+    training = Training(args, begin(args))
     training.train_vae()
     training.train_text()
     try:

@@ -55,13 +55,9 @@ def parse(argv=None):
 
 def main(argv=None):
     args = parse(argv)
-    from accelerate import Accelerator  # late: --help answers at once
-    from accelerate.utils import set_seed
+    from .training import begin  # late: --help answers at once
 
-    accelerator = Accelerator(cpu=args.cpu)
-    set_seed(args.seed)
-    args.output.mkdir(parents=True, exist_ok=True)
-    distillation = Distillation(args, accelerator)
+    distillation = Distillation(args, begin(args))
     distillation.roll_out()
     distillation.distil()
     return 0

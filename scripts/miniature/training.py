@@ -4,7 +4,17 @@ import math
 import time
 
 import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
 from diffusers.training_utils import EMAModel
+
+
+def begin(args):
+    """Seed everything and make the output folder, as the options say; return the accelerator."""
+    accelerator = Accelerator(cpu=args.cpu)
+    set_seed(args.seed)
+    args.output.mkdir(parents=True, exist_ok=True)
+    return accelerator
 
 
 class TrainingClock:

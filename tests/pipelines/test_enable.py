@@ -310,9 +310,7 @@ def test_the_second_expert_has_no_warmup_of_its_own(watch):
     assert {entry["denoiser"] for entry in entries} == {"transformer", "transformer_2"}
     assert {(entry["step"], entry["kind"]) for entry in entries} == {
         (0, "dense"),
-        (1, "sparse"),
-        (2, "sparse"),
-        (3, "sparse"),
+        *((step, "sparse") for step in (1, 2, 3)),
     }
 
 

@@ -146,9 +146,7 @@ def test_one_object_on_two_experts_shares_the_clock(watch):
     assert {record["denoiser"] for record in records} == {"WanTransformer3DModel", "WanTransformer3DModel 2"}
     assert {(record["step"], record["kind"]) for record in records} == {
         (0, "dense"),
-        (1, "sparse"),
-        (2, "sparse"),
-        (3, "sparse"),
+        *((step, "sparse") for step in (1, 2, 3)),
     }
 
 
