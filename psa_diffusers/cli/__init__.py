@@ -4,7 +4,11 @@ In: what the user typed, and the entries of `configs/models.yaml`. Out: videos w
 presets. Attention never imports this room, and no other room prints.
 
 - `generate`, `compare`, `calibrate`: a command each, its options, its messages and its `main`
-- `generation`: load a pipeline, generate a video, write it and its record
+- `batch`: the prompts of one command, and the files of every prompt
+- `generation`: load a pipeline, generate a video
+- `classes`: classes of diffusers by name, the scheduler of an entry
+- `prompts`: prompts out of text
+- `outputs`: files that are finished when they have their name
 - `opening`: the options for a model and its call that `compare`, `calibrate` and the benchmarks share
 - `worklist`: many prompts over several processes
 - `demo`: the models that ship with the package

@@ -13,7 +13,6 @@ density. All presets get the same warm-up steps.
 from __future__ import annotations
 
 import argparse
-import json
 import re
 import sys
 from collections import defaultdict
@@ -28,6 +27,7 @@ from tqdm import tqdm
 
 from psa_diffusers.cli.generation import compare_videos, generate
 from psa_diffusers.cli.opening import add_call_options, open_model, read_prompts
+from psa_diffusers.cli.outputs import strict_json, write_text
 from psa_diffusers.cli.published import published_choice
 from psa_diffusers.models.registry import family_of
 from psa_diffusers.presets import PSAPreset, load_preset
@@ -73,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 bar.update()
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+        write_text(args.json, "".join(strict_json(line) + "\n" for line in lines))
     _show(lines)
     return 0
 

@@ -5,9 +5,7 @@ What the commands share. Attention itself never imports this room.
 
 from __future__ import annotations
 
-import hashlib
 import inspect
-import json
 import os
 import platform
 import re
@@ -23,12 +21,15 @@ from typing import Any
 import numpy as np
 import torch
 
+from psa_diffusers.cli.classes import diffusers_class, scheduler_class, shifted
 from psa_diffusers.cli.demo import FAMILIES, build_demo_pipeline, demo_lora
+from psa_diffusers.cli.outputs import write_json, write_video
 from psa_diffusers.lora import load_psa_lora
 from psa_diffusers.pipelines.enable import disable_psa, enable_psa
 from psa_diffusers.pipelines.report import psa_report
 from psa_diffusers.pipelines.state import state_of
 from psa_diffusers.presets import LoraSource, ModelEntry, PSAPreset, list_model_entries, load_model_entry, load_preset
+from psa_diffusers.presets.values import suggest
 
 __all__ = [
     "Generated",
@@ -39,7 +40,6 @@ __all__ = [
     "environment",
     "generate",
     "load_pipeline",
-    "output_name",
     "plain_config",
     "preset_for",
     "resolve_model",
@@ -85,14 +85,26 @@ def load_pipeline(entry: ModelEntry, *, device: str, lora: LoraSource | None = N
         entry: What to load; ``source`` None is the demo model of the pipeline's family.
         device: Where to run.
         lora: LoRA to load in place of the entry's own.
+
+    Raises:
+        ValueError: If the entry names a class that diffusers does not have, or a setting that nothing would read.
     """
+    scheduler = scheduler_class(entry.scheduler) if entry.scheduler else None  # before the weights take their time
     if entry.source is None:
-        family = {pipeline: family for family, pipeline in FAMILIES.items()}.get(entry.pipeline or "", "cogvideox")
-        pipe: Any = build_demo_pipeline(family=family)
+        families = {pipeline: family for family, pipeline in FAMILIES.items()}
+        pipeline = entry.pipeline or FAMILIES["cogvideox"]
+        if pipeline not in families:
+            raise ValueError(
+                f"model {entry.name!r}: without source it is a demo model, and pipeline must be one of "
+                f"{', '.join(families)}, got {pipeline!r}.{suggest(pipeline, families)}"
+            )
+        pipe: Any = build_demo_pipeline(family=families[pipeline])
     else:
         import diffusers
 
-        kind = getattr(diffusers, entry.pipeline) if entry.pipeline else diffusers.DiffusionPipeline
+        kind: Any = diffusers.DiffusionPipeline
+        if entry.pipeline:
+            kind = diffusers_class(entry.pipeline, "Pipeline", diffusers.DiffusionPipeline)
         dtypes = {"default": getattr(torch, entry.dtype)}
         if entry.vae_dtype:
             dtypes["vae"] = getattr(torch, entry.vae_dtype)
@@ -100,14 +112,10 @@ def load_pipeline(entry: ModelEntry, *, device: str, lora: LoraSource | None = N
         version = tuple(int(part) for part in diffusers.__version__.split(".")[:2])
         name = "dtype" if version >= (0, 41) else "torch_dtype"
         pipe = kind.from_pretrained(entry.source, **{name: dtypes if len(dtypes) > 1 else dtypes["default"]})
-    if entry.scheduler is not None:
-        import diffusers
-
-        kind = getattr(diffusers, entry.scheduler.class_name)
-        pipe.scheduler = kind.from_config(pipe.scheduler.config, **entry.scheduler.kwargs)
+    if scheduler is not None and entry.scheduler is not None:
+        pipe.scheduler = scheduler.from_config(pipe.scheduler.config, **entry.scheduler.kwargs)
     if entry.flow_shift is not None:
-        key = "flow_shift" if "flow_shift" in pipe.scheduler.config else "shift"
-        pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, **{key: entry.flow_shift})
+        pipe.scheduler = shifted(pipe.scheduler, entry.flow_shift)
     lora = lora or entry.lora
     if lora is not None:
         source = demo_lora() if lora.source == "demo" else lora.source
@@ -170,16 +178,22 @@ def generate(
         section: Section of the preset file; None finds it from the denoiser.
         config: The user's own preset file.
         overrides: Preset fields by their YAML names.
+
+    Raises:
+        ValueError: If the last latents or the frames hold NaN or inf.
     """
     chosen = _enable(pipe, preset, section, config, overrides) if use_psa else None
     parameters = inspect.signature(type(pipe).__call__).parameters
     arguments = {"generator": torch.Generator("cpu").manual_seed(seed), "output_type": "np", **call}
     arguments = text_length(pipe) | arguments
     ends: list[float] = []
+    latents: Any = None
     if "callback_on_step_end" in parameters:
 
         def note_time(pipe: Any, step: int, timestep: Any, values: dict[str, Any]) -> dict[str, Any]:
+            nonlocal latents
             _wait_for(pipe)
+            latents = values.get("latents")
             ends.append(time.perf_counter())
             return values
 
@@ -188,6 +202,7 @@ def generate(
         start = time.perf_counter()
         frames = np.asarray(pipe(**arguments).frames[0], dtype=np.float32)
         seconds = time.perf_counter() - start
+        _check_finite(pipe, latents, frames)
         made = Generated(frames, seconds, ends[-1] - start if ends else None)
         if chosen is None:
             return made
@@ -203,6 +218,23 @@ def generate(
         )
     finally:
         disable_psa(pipe)
+
+
+def _check_finite(pipe: Any, latents: torch.Tensor | None, frames: np.ndarray) -> None:
+    """Raise a ValueError if the end of a run is not finite: it would be a black video."""
+    bad = []
+    if latents is not None and not torch.isfinite(latents).all():
+        bad.append("the latents after the last step")
+    if wrong := sum(not np.isfinite(frame).all() for frame in frames):
+        bad.append(f"{wrong} of {len(frames)} frames")
+    if bad:
+        dtype = str(pipe.dtype).removeprefix("torch.")
+        where = "" if len(bad) == 2 or "latents" in bad[0] else "; the latents are finite, so it is the VAE"
+        raise ValueError(
+            f"{' and '.join(bad)} hold NaN or inf{where}. Likely causes: the dtype, {dtype} (float16 overflows where "
+            "bfloat16 does not, and some VAEs need float32: dtype and vae_dtype in models.yaml); the LoRA or its scale "
+            "(try without); the attention preset (try another, or dense)"
+        )
 
 
 def preset_for(
@@ -293,29 +325,6 @@ def compare_videos(video: np.ndarray, reference: np.ndarray) -> dict[str, float]
     psnr = 99.0 if error == 0 else min(99.0, -10 * np.log10(error).item())  # JSON knows no infinity
     similarity: Any = ssim(first, second, data_range=1.0)
     return {"psnr": round(psnr, 2), "ssim": round(float(similarity), 4)}
-
-
-def write_video(path: Path, frames: np.ndarray, fps: int) -> None:
-    """Write an .mp4; a file that exists under the final name is always whole."""
-    from diffusers.utils import export_to_video
-
-    part = path.with_name(f".{path.stem}.part{os.getpid()}.mp4")
-    export_to_video(list(frames), str(part), fps=fps, macro_block_size=2)
-    part.replace(path)
-
-
-def write_json(path: Path, record: Mapping[str, Any]) -> None:
-    """Write a record in one move: its existence says that the run is finished."""
-    part = path.with_name(f".{path.name}.part{os.getpid()}")
-    part.write_text(json.dumps(record, indent=2, ensure_ascii=False, default=str) + "\n", encoding="utf-8")
-    part.replace(path)
-
-
-def output_name(index: int, prompt: str, seed: int, settings: Mapping[str, Any]) -> str:
-    """Name of the files of one prompt: the same settings give the same name, other settings another."""
-    words = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:40].rstrip("-") or "prompt"
-    digest = hashlib.sha256(json.dumps([prompt, settings], sort_keys=True, default=str).encode()).hexdigest()[:8]
-    return f"{index:03d}-{words}-seed{seed}-{digest}"
 
 
 def environment(device: str) -> dict[str, Any]:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import math
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from psa_diffusers.cli.generation import load_pipeline, resolve_model, text_length
+from psa_diffusers.cli.prompts import read_prompt_file
 
-__all__ = ["DEMO_PROMPTS", "PROMPTS", "add_call_options", "open_model", "read_prompts"]
+__all__ = ["DEMO_PROMPTS", "PROMPTS", "add_call_options", "finite_number", "open_model", "read_prompts"]
 
 PROMPTS = (
     "A red ball rolls across a green field and comes to rest beside a blue box.",
@@ -34,10 +36,18 @@ def add_call_options(parser: argparse._ActionsContainer) -> None:
     parser.add_argument("--height", type=int, help="pixels (default: the model's)")
     parser.add_argument("--num_frames", type=int, help="frames (default: the model's)")
     parser.add_argument("--num_inference_steps", type=int, help="denoising steps (default: the model's)")
-    parser.add_argument("--guidance_scale", type=float, help="classifier-free guidance (default: the model's)")
+    parser.add_argument("--guidance_scale", type=finite_number, help="classifier-free guidance (default: the model's)")
     parser.add_argument("--prompt_file", type=Path, help="one prompt a line (default: four prompts of our own)")
     parser.add_argument("--seed", type=int, default=42, help="seed of the first prompt, the next has one more")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+
+
+def finite_number(text: str) -> float:
+    """Read the number of an option; NaN and the infinities are none."""
+    number = float(text)
+    if not math.isfinite(number):
+        raise argparse.ArgumentTypeError(f"must be a finite number, got {text}")
+    return number
 
 
 def open_model(model: str, args: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
@@ -58,7 +68,7 @@ def open_model(model: str, args: argparse.Namespace) -> tuple[Any, dict[str, Any
 
 
 def read_prompts(args: argparse.Namespace, model: str) -> list[str]:
-    """The prompts of the file, without its empty lines, or our own: the demo models have a language of their own."""
+    """The prompts of the file, or our own: the demo models have a language of their own."""
     if args.prompt_file is None:
         return list(DEMO_PROMPTS if resolve_model(model).source is None else PROMPTS)
-    return [line for line in args.prompt_file.read_text(encoding="utf-8").splitlines() if line.strip()]
+    return read_prompt_file(args.prompt_file)

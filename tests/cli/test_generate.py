@@ -18,6 +18,7 @@ from lora_files import lora_file
 
 from psa_diffusers import PSAPreset, load_preset
 from psa_diffusers.cli import generate, generation
+from psa_diffusers.cli.batch import call_arguments
 from psa_diffusers.cli.demo import WEIGHTS, build_demo_pipeline, unknown_words
 from psa_diffusers.presets import load_model_entry
 from scripts.miniature import measure, world
@@ -363,8 +364,8 @@ def test_with_its_lora_the_demo_shows_in_four_sparse_steps_what_the_prompt_says(
 def test_the_demo_of_wan_is_given_text_of_the_length_that_it_learned(demo):
     names = ("width", "height", "num_frames", "num_inference_steps", "guidance_scale", "negative_prompt")
     args = argparse.Namespace(**dict.fromkeys(names))
-    assert generate.call_arguments(args, load_model_entry("demo_wan"), demo, None)["max_sequence_length"] == 32
-    assert "max_sequence_length" not in generate.call_arguments(args, load_model_entry("wan21_1.3b"), demo, None)
+    assert call_arguments(args, load_model_entry("demo_wan"), demo, None)["max_sequence_length"] == 32
+    assert "max_sequence_length" not in call_arguments(args, load_model_entry("wan21_1.3b"), demo, None)
 
 
 def test_the_demo_of_wan_shows_what_its_prompt_says():
