@@ -13,10 +13,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from psa_diffusers.ops import reference, training
-from psa_diffusers.ops.checks import check_qkv, check_schedule, checked_grid, factors_of_map
+from psa_diffusers.ops.checks import (
+    check_importance,
+    check_qkv,
+    checked_grid,
+    checked_ratio,
+    checked_scale,
+    factors_of_map,
+)
+from psa_diffusers.ops.given import check_numbers, checked_schedule, know_right
 from psa_diffusers.ops.layout import Layout, flat_layout, make_layout
 from psa_diffusers.ops.reference.levels import assign_ranked_levels
-from psa_diffusers.ops.types import Backend, Factors, LevelRule, Pyramid, Schedule, Thresholds
+from psa_diffusers.ops.types import Backend, Factors, LevelRule, Pyramid, Schedule, Thresholds, level_dtype
 from psa_diffusers.presets import PSAPreset, load_preset, parse_mask_ratios, preset_of_key
 
 logger = logging.getLogger("psa_diffusers")
@@ -57,7 +65,9 @@ def psa_attention(
         backend: ``auto`` (Triton on CUDA and ROCm, torch elsewhere), ``torch`` or ``triton``. An explicit ``triton``
             raises where it cannot run.
         schedule: What to read, as an earlier call with the same preset, shapes and grid returned it: this call decides
-            nothing and only pools and attends. NaN and inf come out where the schedule reads them. None decides anew.
+            nothing and only pools and attends. ``schedule[heads]`` is the one of some heads. NaN and inf come out where
+            the schedule reads them. Numbers that another hand has made are checked, which waits for the GPU. None
+            decides anew.
         return_schedule: Whether to return what was read as well.
 
     Returns:
@@ -65,7 +75,7 @@ def psa_attention(
         and ``to_level_map()`` tell what was read.
 
     Raises:
-        TypeError: For a dtype or device that does not fit, or a preset of another kind.
+        TypeError: For a dtype or device that does not fit, or an argument of another kind.
         ValueError: For shapes that do not fit each other or the grid, a schedule of another call, an unknown preset or
             backend.
         RuntimeError: If ``backend="triton"`` cannot run here.
@@ -77,7 +87,9 @@ def psa_attention(
     key = _key_of_name(preset) if isinstance(preset, str) else preset.key
     check_qkv(q, k, v)
     grid = checked_grid(q, grid, text_tokens)
-    scale = 1 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
+    if not isinstance(text_first, bool):
+        raise TypeError(f"text_first must be True or False, got {text_first!r}")
+    scale = checked_scale(scale, q.shape[-1])
     if return_schedule or schedule is not None or needs_grad(q, k, v):
         out, schedule = _flow(q, k, v, preset_of_key(key), grid, text_tokens, text_first, scale, backend, schedule)
         return (out, schedule) if return_schedule else out
@@ -95,14 +107,18 @@ def _flow(
     layout = make_layout(grid, text_tokens, text_first, *blocks, q.device)
     chosen = choose_backends(backend, q, k, v, layout, preset.factors)
     if schedule is not None:
-        check_schedule(schedule, q, layout, (1,) if preset.type == "dense" else preset.factors)
+        schedule = checked_schedule(schedule, q, layout, (1,) if preset.type == "dense" else preset.factors)
     if preset.type == "dense":
         return F.scaled_dot_product_attention(q, k, v, scale=scale), _full_schedule(q, layout)
+    if schedule is not None:
+        check_numbers(schedule)
     terms = {"key_variance": preset.key_variance, "value_tilt": preset.value_tilt}
     pyramid = chosen.pooling.build_pyramid(k, v, layout, preset.factors, **terms)
     if preset.value_tilt and preset.tilt_gain == "sampled":
         pyramid = chosen.pooling.fit_tilt(pyramid, q, k, v, layout, scale)
-    schedule = schedule or _decide(chosen.planning, q, k, pyramid, layout, preset, scale)
+    if schedule is None:
+        schedule = _decide(chosen.planning, q, k, pyramid, layout, preset, scale)
+        know_right(schedule)
     return chosen.attention.attend(q, k, v, pyramid, schedule, layout, scale), schedule
 
 
@@ -149,16 +165,16 @@ def pyramid_attention(
         ``[B, H, L, D]``. A row that keeps nothing is 0.
 
     Raises:
-        TypeError: For a dtype or device that does not fit.
+        TypeError: For a dtype or device that does not fit, or an argument of another kind.
         ValueError: For shapes, blocks or factors that do not fit.
     """
     check_qkv(q, k, v)
     factors = factors_of_map(level_map, q, block_m, block_n)
-    scale = 1 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
+    scale = checked_scale(scale, q.shape[-1])
     layout = flat_layout(q.shape[2], block_m, block_n, q.device)
     chosen = choose_backends(backend, q, k, v, layout, factors)
     pyramid = chosen.pooling.build_pyramid(k, v, layout, factors, key_variance=key_variance, value_tilt=value_tilt)
-    schedule = chosen.pooling.make_schedule(level_map.to(device=q.device, dtype=torch.int16), factors, block_n)
+    schedule = chosen.pooling.make_schedule(level_map.to(device=q.device, dtype=level_dtype(factors)), factors, block_n)
     return chosen.attention.attend(q, k, v, pyramid, schedule, layout, scale)
 
 
@@ -168,21 +184,24 @@ def assign_levels(
     """Give every pair of blocks a factor, by rank or by cumulative mass along each row.
 
     Args:
-        importance: ``[B, H, M, N]``, larger is more important.
+        importance: ``[B, H, M, N]`` of any dtype, larger is more important. Sums are taken in float32 or wider.
         mask_ratios: ``{factor: [low, high]}``, intervals of the unit line that touch; factor 0 skips.
         mask_mode: ``topk``: the intervals are shares of the N blocks. ``thresholdbound``: shares of the row's
             importance; the block at which a bound is crossed belongs to the finer side.
-        min_full_ratio: For ``thresholdbound``, the least share of blocks at factor 1.
+        min_full_ratio: For ``thresholdbound``, the least share of blocks at factor 1, from 0 to 1.
 
     Returns:
         ``[B, H, M, N]`` int16: the factor, or 0 = skip. At least one block of every row is at factor 1.
 
     Raises:
-        ValueError: For intervals that overlap or leave gaps, unknown factors or an unknown mode.
+        TypeError: For an importance that is no tensor of real numbers, or a ratio that is no number.
+        ValueError: For intervals that overlap or leave gaps, unknown factors, an unknown mode, or numbers out of range.
     """
     if mask_mode not in ("topk", "thresholdbound"):
         raise ValueError(f"mask_mode must be 'topk' or 'thresholdbound', got {mask_mode!r}")
-    return assign_ranked_levels(importance, LevelRule(parse_mask_ratios(mask_ratios), mask_mode, min_full_ratio))
+    check_importance(importance, mask_mode)
+    rule = LevelRule(parse_mask_ratios(mask_ratios), mask_mode, checked_ratio(min_full_ratio, "min_full_ratio"))
+    return assign_ranked_levels(importance, rule)
 
 
 class Backends(NamedTuple):

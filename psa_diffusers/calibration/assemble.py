@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 
 from psa_diffusers.calibration.ladder import DENSE, DENSITIES, ladder_ratios
+from psa_diffusers.calibration.places import write_whole
 from psa_diffusers.calibration.search import Cell
 from psa_diffusers.presets import PSAPreset, load_preset
 
@@ -74,5 +75,5 @@ def write_preset(path: Path, section: str, made: PSAPreset, *, description: str,
     content = {section: {"attention_configs": {made.name: values}}}
     head = "".join(f"# {line}\n" for line in comment.splitlines())
     text = head + yaml.safe_dump(content, sort_keys=False, default_flow_style=None, width=120)
-    path.write_text(text, encoding="utf-8")
+    write_whole(path, text)
     load_preset(section, made.name, config=path)

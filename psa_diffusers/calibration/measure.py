@@ -5,14 +5,13 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
-import logging
 import math
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -20,14 +19,14 @@ from torch import Tensor, nn
 
 from psa_diffusers.attention import psa_attention
 from psa_diffusers.calibration.ladder import DENSITIES, ladder_ratios
+from psa_diffusers.calibration.notebook import Notebook
 from psa_diffusers.calibration.search import Cell
 from psa_diffusers.calibration.tap import Call, tap_qkv
 from psa_diffusers.pipelines.enable import disable_psa, enable_psa, find_denoisers
 from psa_diffusers.presets import PSAPreset
+from psa_diffusers.presets.values import suggest
 
 __all__ = ["Measurements"]
-
-logger = logging.getLogger("psa_diffusers")
 
 
 class Measurements:
@@ -40,12 +39,22 @@ class Measurements:
         max_heads: Heads that are measured in a call.
         seed: Seed of the first prompt, the next has one more.
         call: Further arguments of the pipeline.
+
+    Raises:
+        TypeError: If the pipeline has no such argument.
     """
 
     def __init__(
         self, pipe: Any, base: PSAPreset, parts: int, max_heads: int, seed: int, call: Mapping[str, Any]
     ) -> None:
         accepted = inspect.signature(type(pipe).__call__).parameters
+        takes_all = any(parameter.kind is parameter.VAR_KEYWORD for parameter in accepted.values())
+        for key in call:
+            if key == "prompt":
+                raise TypeError("calibrate gives every prompt of `prompts` to the pipeline; leave out prompt=")
+            if key not in accepted and key != "output_type" and not takes_all:
+                known = f"{type(pipe).__name__} takes no argument {key!r}"
+                raise TypeError(f"{known}, and neither does calibrate.{suggest(key, accepted)}")
         self.pipe = pipe
         self.base = base
         self.parts = parts
@@ -63,26 +72,17 @@ class Measurements:
             bar: Progress bar, which moves by one a prompt.
 
         Raises:
-            RuntimeError: If nothing could be measured.
+            RuntimeError: If nothing could be measured, or what the pipeline computes is not finite.
         """
-        key = self._key(prompts)
-        known = _read_measurements(path, key)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("a" if known else "w", encoding="utf-8") as file:
-            if not known:
-                file.write(json.dumps({"key": key}) + "\n")
+        with Notebook(path, self._key(prompts), len(prompts), self._is_sampled) as notebook:
             for number, prompt in enumerate(prompts):
-                if not any(entry.get("finished") == number for entry in known):
-                    done = {_place(entry) for entry in known if entry.get("prompt") == number}
-                    self._measure_prompt(number, prompt, done, file, known, bar)
-                    known.append({"finished": number})
-                    file.write(json.dumps(known[-1]) + "\n")
+                if number not in notebook.finished:
+                    self._measure_prompt(number, prompt, notebook, bar)
+                    notebook.finish(number)
                 bar.update()
-        return self._cells([entry for entry in known if "rungs" in entry])
+        return self._cells(notebook.entries)
 
-    def _measure_prompt(
-        self, number: int, prompt: str, done: set[Any], file: IO[str], known: list[dict[str, Any]], bar: Any
-    ) -> None:
+    def _measure_prompt(self, number: int, prompt: str, notebook: Notebook, bar: Any) -> None:
         def sink(q: Tensor, k: Tensor, v: Tensor, call: Call) -> None:
             entry: dict[str, Any] = {
                 "prompt": number,
@@ -91,15 +91,13 @@ class Measurements:
                 "layer": call.layer,
             }
             entry |= {"num_steps": call.num_steps, "forward": call.forward}
-            if _place(entry) in done:
+            if notebook.has(entry):
                 return
             bar.set_postfix_str(f"step {call.step}, layer {call.layer}")
             heads = self._some_heads(q, k, v)
             dense = F.scaled_dot_product_attention(*heads, scale=call.scale).float()
             entry["rungs"] = [_compare(heads, dense, rung, call) for rung in self.rungs]
-            known.append(entry)
-            file.write(json.dumps(entry) + "\n")
-            file.flush()
+            notebook.add(entry)
 
         def is_wanted(step: int, num_steps: int | None, layer: int, num_layers: int) -> bool:
             return step in self._sampled(num_steps)
@@ -160,13 +158,16 @@ class Measurements:
     def _sparse_steps(self, num_steps: int | None) -> tuple[int, int]:
         if num_steps is None:
             raise RuntimeError(f"{type(self.pipe).__name__} does not tell how many steps it runs (num_timesteps)")
-        start, stop = self.base.warmup_steps, num_steps - self.base.dense_last_steps
+        start, stop = self._span(num_steps)
         if start >= stop:
             raise RuntimeError(
                 f"nothing is sparse in a run of {num_steps} steps: the preset has warmup_steps={start} and "
                 f"dense_last_steps={self.base.dense_last_steps}; calibrate with more steps or fewer dense ones"
             )
         return start, stop
+
+    def _span(self, num_steps: int) -> tuple[int, int]:
+        return self.base.warmup_steps, num_steps - self.base.dense_last_steps
 
     def _ends(self, num_steps: int | None) -> list[tuple[int, int]]:
         """Start and stop of each part of the run."""
@@ -182,6 +183,10 @@ class Measurements:
             for start, stop in self._ends(num_steps)
             for share in (0.25, 0.75)
         }
+
+    def _is_sampled(self, step: int, num_steps: int) -> bool:
+        start, stop = self._span(num_steps)
+        return start < stop and step in self._sampled(num_steps)
 
     def _cells(self, entries: list[dict[str, Any]]) -> list[Cell]:
         if not entries:
@@ -230,8 +235,14 @@ def _compare(heads: tuple[Tensor, Tensor, Tensor], dense: Tensor, preset: PSAPre
         scale=call.scale,
         return_schedule=True,
     )
-    error = (out.float() - dense).abs().sum() / dense.abs().sum().clamp_min(1e-30)
-    return float(error), float(schedule.density())
+    error = float((out.float() - dense).abs().sum() / dense.abs().sum().clamp_min(1e-30))
+    if not math.isfinite(error):
+        whose = "attention under PSA" if bool(torch.isfinite(dense).all()) else "dense attention"
+        raise RuntimeError(
+            f"{whose} is not finite in step {call.step}, layer {call.layer} of {call.denoiser}; likely causes are a "
+            "dtype that overflows, a LoRA, or broken weights: look at a video of this pipeline without PSA first"
+        )
+    return error, float(schedule.density())
 
 
 def _weights_of(denoiser: nn.Module) -> list[Any]:
@@ -243,27 +254,6 @@ def _weights_of(denoiser: nn.Module) -> list[Any]:
             sample = weight.detach().reshape(-1)[:: max(1, weight.numel() // 4)][:4].float().tolist()
         known.append([name, weight.numel(), sample])
     return known
-
-
-def _read_measurements(path: Path, key: str) -> list[dict[str, Any]]:
-    """Measurements of an earlier call with the same key; a last line that was cut off is left out."""
-    if not path.is_file():
-        return []
-    entries = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            entries.append(json.loads(line))
-        except ValueError:
-            break
-    if not entries or entries[0].get("key") != key:
-        logger.info("%s holds other measurements: they are replaced", path)
-        return []
-    path.write_text("".join(json.dumps(entry) + "\n" for entry in entries), encoding="utf-8")
-    return entries
-
-
-def _place(entry: Mapping[str, Any]) -> tuple[Any, ...]:
-    return tuple(entry.get(key) for key in ("denoiser", "step", "layer", "forward"))
 
 
 @contextmanager

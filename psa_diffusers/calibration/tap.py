@@ -98,6 +98,8 @@ def tap_qkv(pipe: Any, is_wanted: IsWanted, sink: Sink) -> Iterator[Tape]:
     finally:
         for hook in hooks:
             hook.remove()
+        # the run has listened to the pipeline, which gets its class back
+        tape.run.switch_off()
 
 
 class Tape:

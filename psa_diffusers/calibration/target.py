@@ -15,13 +15,15 @@ from tqdm.auto import tqdm
 
 from psa_diffusers.calibration.assemble import assemble_preset, write_preset
 from psa_diffusers.calibration.measure import Measurements
+from psa_diffusers.calibration.places import check_place
 from psa_diffusers.calibration.search import Kind, choose, chosen_densities, mean
 from psa_diffusers.pipelines.enable import find_denoisers
 from psa_diffusers.pipelines.state import state_of
 from psa_diffusers.presets import PSAPreset
+from psa_diffusers.presets.values import check_prompts, is_int, is_real
 from psa_diffusers.processors.choice import resolve_preset
 
-__all__ = ["Calibration", "calibrate"]
+__all__ = ["Calibration", "calibrate", "check_request"]
 
 logger = logging.getLogger("psa_diffusers")
 
@@ -92,8 +94,9 @@ def calibrate(
     two steps of each part of the run. Then one price for error decides the density of every layer in every part, such
     that the mean error (or density) is the target. The preset is checked on the held-out prompts, with PSA on.
 
-    What was measured stands in a file beside the preset, and a second call with the same arguments goes on where the
-    first one stopped; another target needs no new measurement.
+    What was measured stands in a file beside the preset, `NAME.measured.jsonl`, and a second call with the same
+    arguments goes on where the first one stopped; another target needs no new measurement. A file that does not fit is
+    set aside under another name, with a warning that says why.
 
     Args:
         pipe: A pipeline with a denoiser of a known family, PSA off.
@@ -113,20 +116,23 @@ def calibrate(
         **call: Further arguments of the pipeline, such as `num_inference_steps`.
 
     Raises:
-        RuntimeError: If PSA is on, or nothing could be measured.
-        TypeError: If the pipeline has no denoiser of a known family.
+        OSError: If the preset cannot be written at `path`; before the pipeline runs, if that can be known.
+        RuntimeError: If PSA is on, nothing could be measured, or what the pipeline computes is not finite.
+        TypeError: If the pipeline has no denoiser of a known family, or no argument of that name.
         ValueError: If the target or another argument is not valid.
     """
-    kind, target = _target(target_error, target_density)
-    if isinstance(prompts, str) or not prompts:
-        raise ValueError("prompts must be a list of at least one prompt")
+    path = Path(path)
+    kind, target = check_request(
+        target_error, target_density, path=path, name=name, parts=parts, max_heads=max_heads, seed=seed
+    )
+    prompts = check_prompts(prompts, "prompts")
+    held_out = None if held_out is None else check_prompts(held_out, "held_out", least=0)
     if state_of(pipe).switch is not None:
         raise RuntimeError("PSA is on in this pipeline; call disable_psa(pipe) before calibrate")
     base, section = _base_preset(pipe, preset)
     if held_out is None:
         cut = len(prompts) - max(1, len(prompts) // 4) if len(prompts) > 1 else 1
         prompts, held_out = prompts[:cut], prompts[cut:]
-    path = Path(path)
     measurements = Measurements(pipe, base, parts, max_heads, seed, {"output_type": "latent", **call})
     count = len(prompts) + len(held_out)
     with tqdm(total=count, unit="prompt", desc="calibrate", disable=not progress) as bar:
@@ -164,12 +170,38 @@ def _base_preset(pipe: Any, preset: str | PSAPreset | None) -> tuple[PSAPreset, 
     return base.replace(steps=None, layers=None, dense_layers=None), section
 
 
-def _target(target_error: float | None, target_density: float | None) -> tuple[Kind, float]:
-    """Return which of the two was given, and its value."""
+def check_request(
+    target_error: float | None,
+    target_density: float | None,
+    *,
+    path: Path,
+    name: str = "calibrated",
+    parts: int = 4,
+    max_heads: int = 8,
+    seed: int = 0,
+) -> tuple[Kind, float]:
+    """Check the arguments of `calibrate` that need no pipeline.
+
+    Returns:
+        Which of the two targets was given, and its value.
+
+    Raises:
+        OSError: If no file can be written at the path.
+        ValueError: If an argument is not valid.
+    """
     if (target_error is None) == (target_density is None):
-        raise ValueError("give target_error or target_density, not both")
+        got = "neither" if target_error is None else "both"
+        raise ValueError(f"give target_error or target_density, not both, got {got}; for example target_error=0.1")
     kind: Kind = "density" if target_error is None else "error"
     target = target_density if target_error is None else target_error
-    if not (target is not None and 0 < target <= 1):
+    if not (is_real(target) and 0 < target <= 1):
         raise ValueError(f"target_{kind} must lie in (0, 1], got {target!r}")
+    for what, number in (("parts", parts), ("max_heads", max_heads)):
+        if not (is_int(number) and number >= 1):
+            raise ValueError(f"{what} must be a whole number from 1, got {number!r}")
+    if not is_int(seed):
+        raise ValueError(f"seed must be a whole number, got {seed!r}")
+    if not (isinstance(name, str) and name.strip()):
+        raise ValueError(f"name must be the name of a preset, got {name!r}")
+    check_place(path)
     return kind, target

@@ -44,8 +44,9 @@ def build_pyramid(
     wide = torch.float64 if k.dtype == torch.float64 else torch.float32
     bases, _ = pooled_rows(layout.key_rows.shape[0], factors)
     rows = layout.key_rows.clamp_min(0).long()
-    real = (layout.key_rows >= 0).to(wide)[:, None]
-    token_k, token_v = (x.index_select(2, rows).to(wide) * real for x in (k, v))
+    # where no token is, zeros are selected: a product would keep the NaN of the token that is read in its place
+    real = (layout.key_rows >= 0)[:, None]
+    token_k, token_v = (torch.where(real, x.index_select(2, rows).to(wide), 0) for x in (k, v))
     empty = token_k[:, :, :0]
     keys, values, log_counts, variance = [empty], [empty], [empty.new_zeros(0)], [empty[..., 0]]
     covariance = [token_k.new_zeros(*k.shape[:2], k.shape[3], k.shape[3])]
@@ -57,11 +58,11 @@ def build_pyramid(
         values.append(mean_v)
         log_counts.append(count.log())
         if key_variance or value_tilt:
-            delta_k = (token_k - mean_k.repeat_interleave(factor, 2)) * real
+            delta_k = torch.where(real, token_k - mean_k.repeat_interleave(factor, 2), 0)
         if key_variance:
             variance.append(delta_k.square().mean(3).unflatten(2, (-1, factor)).sum(3) / divisor[:, 0])
         if value_tilt:
-            delta_v = (token_v - mean_v.repeat_interleave(factor, 2)) * real
+            delta_v = torch.where(real, token_v - mean_v.repeat_interleave(factor, 2), 0)
             covariance.append(delta_k.mT @ delta_v / k.shape[2])
     return Pyramid(
         factors=tuple(factors),
@@ -105,7 +106,7 @@ def attend(
         wide = covariance.dtype
         turned = torch.einsum("bhld,bhfde->bhlfe", query[..., :dim].to(wide), covariance[:, :, 1:])
         out = out + (scale * (shares[..., None].to(wide) * turned).sum(3)).to(out.dtype)
-    out = out * reads.repeat_interleave(layout.block_m, 2)[..., None]
+    out = torch.where(reads.repeat_interleave(layout.block_m, 2)[..., None], out, 0)
     # empty lanes go to a row of their own: to leave them out by number would wait for the GPU
     tokens = q.shape[2]
     target = torch.where(layout.query_rows >= 0, layout.query_rows, tokens).long()
@@ -114,7 +115,7 @@ def attend(
 
 
 def _rows(x: Tensor, rows: Tensor) -> Tensor:
-    return x.index_select(2, rows.clamp_min(0).long())
+    return torch.where((rows >= 0)[:, None], x.index_select(2, rows.clamp_min(0).long()), 0)
 
 
 def _bias(query: Tensor, level_map: Tensor, pyramid: Pyramid, layout: Layout, scale: float) -> Tensor:
@@ -125,7 +126,7 @@ def _bias(query: Tensor, level_map: Tensor, pyramid: Pyramid, layout: Layout, sc
     pooled = pyramid.log_counts
     if pyramid.variance is not None:
         lanes = (layout.query_rows >= 0).view(-1, layout.block_m)
-        norm = query.to(wide).square().sum(-1).unflatten(2, lanes.shape) * lanes
+        norm = query.to(wide).square().sum(-1).unflatten(2, lanes.shape)  # 0 in empty lanes
         norm = norm.sum(-1, keepdim=True) / lanes.sum(1, keepdim=True)
         pooled = pooled + (0.5 * scale**2 * norm * pyramid.variance[:, :, None]).clamp_max(KEY_VARIANCE_CAP)
     parts.append(pooled.expand(*level_map.shape[:3], -1))

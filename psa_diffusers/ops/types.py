@@ -1,9 +1,10 @@
 """What the stages hand to each other, the numbers of the definition, and what a backend must offer."""
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import reduce
 from itertools import accumulate
-from typing import Protocol, TypeAlias
+from typing import Protocol, Self, TypeAlias
 
 import torch
 from torch import Tensor
@@ -110,24 +111,41 @@ class Schedule:
         cost = reduce(torch.add, costs)
         return cost.mean() / self.block_ids.shape[-1]
 
+    def __getitem__(self, heads: int | slice | Sequence[int] | Tensor) -> Self:
+        """The schedule of some heads, for q, k and v of these heads.
+
+        Args:
+            heads: A head, a slice, or a list or tensor of heads in any order.
+        """
+        if isinstance(heads, int):
+            heads = [range(self.block_ids.shape[1])[heads]]
+        ids, offsets = (part[:, heads].contiguous() for part in (self.block_ids, self.offsets))
+        return replace(self, block_ids=ids, offsets=offsets)
+
     def to_level_map(self) -> Tensor:
-        """The inverse of `make_schedule`: ``[B, H, M, N]`` int16."""
+        """The inverse of `make_schedule`: ``[B, H, M, N]`` int16, int32 with factors above 16,384."""
         slot = torch.arange(self.block_ids.shape[-1], device=self.offsets.device)
         # no table of the factors: to bring one to a GPU would wait for it
-        level = torch.zeros_like(self.block_ids, dtype=torch.int16)
+        dtype = level_dtype(self.factors)
+        level = torch.zeros_like(self.block_ids, dtype=dtype)
         for end, factor in zip(self.offsets[..., 1:].flip(-1).unbind(-1), reversed(self.factors), strict=True):
             level = torch.where(slot < end[..., None], factor, level)
         # entries after the last kept block are undefined: they must not overwrite a kept one
         kept = slot < self.offsets[..., -1:]
         spare = self.block_ids.shape[-1]
         ids = torch.where(kept, self.block_ids.long(), spare)
-        level_map = torch.zeros((*ids.shape[:-1], spare + 1), dtype=torch.int16, device=ids.device)
+        level_map = torch.zeros((*ids.shape[:-1], spare + 1), dtype=dtype, device=ids.device)
         return level_map.scatter_(-1, ids, level)[..., :spare]
 
 
 def id_dtype(num_blocks: int) -> torch.dtype:
     """The smallest signed type that holds every block id."""
     return torch.int16 if num_blocks <= 2**15 else torch.int32
+
+
+def level_dtype(factors: Factors) -> torch.dtype:
+    """The smallest signed type that holds every factor."""
+    return torch.int16 if max(factors) < 2**15 else torch.int32
 
 
 class Backend(Protocol):

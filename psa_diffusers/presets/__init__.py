@@ -12,6 +12,7 @@ presets by section, `configs/models.yaml` the entries of the commands. One loade
     sections        from a section and a name to a preset
     model_entries   `ModelEntry`: checkpoint, size, steps, scheduler
     files           the loader of both YAML files
+    plain           YAML text as plain values, with nothing looked up elsewhere
     values          plain values, their keys, and the way to a typed object
 
 Nothing here knows tensors, denoisers or pipelines.

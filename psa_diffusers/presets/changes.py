@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
 from psa_diffusers.presets.ignored import drop_ignored
 from psa_diffusers.presets.ranges import check_ranges
-from psa_diffusers.presets.values import Keys
+from psa_diffusers.presets.values import Keys, is_list
 
 # keys of a whole run: they cannot differ between steps or layers
 _ONCE = frozenset({"steps", "layers", "dense_layers", "warmup_steps", "dense_last_steps", "refresh_every"})
@@ -37,16 +37,20 @@ def parse_changes(key: str, given: Any, keys: Keys) -> tuple[tuple[str, str], ..
         Pairs of range and changed keys as JSON, in the order of the file. A range that changes nothing has no pair.
 
     Raises:
-        ValueError: If a range or a key does not exist. Values are left to the preset that they make.
+        ValueError: If this is no mapping of ranges to mappings, or a range or a key does not exist. Values are left to
+            the preset that they make.
     """
     if given is None:
         return ()
     allowed = keys.without(*(_ONCE - _IN_STEPS if key == "steps" else _ONCE))
     stored = []
-    for where, values in given.items() if isinstance(given, Mapping) else given:
-        values = json.loads(values) if isinstance(values, str) else values
+    for where, shown in _pairs(key, given):
+        values = _from_json(shown)
         if not isinstance(values, Mapping):
-            raise ValueError(f"{key}: range {where!r} must map to the keys that differ there, got {values!r}")
+            raise ValueError(
+                f"{key}: range {where!r} must map to the keys that differ there, for example {{type: dense}}, "
+                f"got {shown!r}"
+            )
         try:
             allowed.check(values, f"range {where!r}")
             values = drop_ignored(values)
@@ -61,6 +65,28 @@ def parse_changes(key: str, given: Any, keys: Keys) -> tuple[tuple[str, str], ..
         if values:
             stored.append((where, json.dumps(values)))
     return tuple(stored)
+
+
+def _pairs(key: str, given: Any) -> Iterable[tuple[Any, Any]]:
+    """The ranges and what they map to; a result of `parse_changes` may have been through JSON since."""
+    if isinstance(given, Mapping):
+        return given.items()
+    if is_list(given) and all(is_list(pair) and [type(part) for part in pair] == [str, str] for pair in given):
+        return [(where, values) for where, values in given]
+    raise ValueError(
+        f"{key} must be a mapping of ranges to the keys that differ there, for example "
+        f"{key}: {{'0:5': {{type: dense}}}}, got {given!r}"
+    )
+
+
+def _from_json(values: Any) -> Any:
+    """What a text says, and the text itself if it is no JSON."""
+    if not isinstance(values, str):
+        return values
+    try:
+        return json.loads(values)
+    except (ValueError, RecursionError):
+        return values
 
 
 @lru_cache(maxsize=4096)

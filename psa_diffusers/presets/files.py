@@ -9,10 +9,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-import yaml
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-
+from psa_diffusers.presets.plain import read_yaml, refuse_interpolation
 from psa_diffusers.presets.values import Keys, merge
 
 
@@ -41,7 +38,7 @@ class ConfigFile:
 
         Raises:
             FileNotFoundError: If `config` does not exist.
-            ValueError: If a file is no valid YAML, or an entry has keys that do not exist.
+            ValueError: If a file is no valid YAML or holds an interpolation, or an entry has keys that do not exist.
         """
         entries = self._checked(builtin_file(self.name))
         if config is None:
@@ -99,9 +96,10 @@ def file_version(path: str | Path) -> tuple[Path, int]:
 @lru_cache(maxsize=32)
 def _read_version(path: Path, mtime_ns: int) -> dict[Any, Any]:
     try:
-        content = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
-    except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError, OSError) as error:
+        content = read_yaml(path.read_text(encoding="utf-8-sig"))
+    except (ValueError, OSError) as error:
         raise ValueError(f"{path} is not valid YAML: {error}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} must hold a mapping of names, got a {type(content).__name__}")
+    refuse_interpolation(content, path.name)
     return content

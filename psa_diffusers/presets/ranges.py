@@ -5,23 +5,41 @@ from __future__ import annotations
 import math
 import re
 
-_PLACE = re.compile(r"(-?\d+)(%?)$")
+# no number of steps or layers has seven digits
+_PLACE = re.compile(r"(?!-0+%?$)-?[0-9]{1,6}%?")
+
+_FORM = (
+    "write a place such as 0 or -1, a range such as 0:10, 25%: or 10%:50% (the end is not included), "
+    "or several with commas"
+)
 
 
 def check_ranges(text: object) -> str:
     """Return the text of a range, or raise a ValueError that shows the form."""
+    if isinstance(text, bool) or not isinstance(text, (str, int)):
+        raise ValueError(f"{text!r} is no range: {_FORM}")
     text = str(text).replace(" ", "")
     for part in text.split(","):
         places = part.split(":")
-        if len(places) > 2 or places == [""] or not all(_PLACE.match(place) or not place for place in places):
-            raise ValueError(
-                f"{text!r} is no range: write a place such as 0 or -1, a range such as 0:10, 25%: or 10%:50% "
-                "(the end is not included), or several with commas"
-            )
+        if len(places) > 2 or places == [""] or not all(_PLACE.fullmatch(place) or not place for place in places):
+            raise ValueError(f"{text!r} is no range: {_FORM}")
         for place in places:
             if place.endswith("%") and not 0 <= int(place[:-1]) <= 100:
                 raise ValueError(f"{text!r} is no range: a share lies between 0% and 100%")
+        if places[0].rstrip("%").lstrip("0") == "100" and places[0].endswith("%"):
+            raise ValueError(f"{text!r} is no range: nothing is at 100% or after it, the last place is -1")
+        if len(places) == 2 and _is_empty(places[0] or "0", places[1]):
+            raise ValueError(
+                f"{text!r} is no range: {part!r} ends before it starts, or where it starts, and the end is not "
+                "included: write the smaller place first"
+            )
     return text
+
+
+def _is_empty(start: str, stop: str) -> bool:
+    """Whether a range holds no place, however many there are. A place and a share compare only with their like."""
+    kinds = {(place.endswith("%"), place.startswith("-")) for place in (start, stop)}
+    return bool(stop) and len(kinds) == 1 and int(start.removesuffix("%")) >= int(stop.removesuffix("%"))
 
 
 def in_ranges(text: str, place: int, count: int | None) -> bool:

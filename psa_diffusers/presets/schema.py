@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 from psa_diffusers.presets.changes import parse_changes, split
 from psa_diffusers.presets.ignored import drop_ignored, ignore
+from psa_diffusers.presets.plain import refuse_interpolation
 from psa_diffusers.presets.ranges import check_ranges, in_ranges
 from psa_diffusers.presets.ratios import DEFAULT_RATIOS, FACTORS, Levels, coarsen, parse_mask_ratios
 from psa_diffusers.presets.values import Keys, build, is_int, is_list, is_real, suggest
@@ -146,6 +147,7 @@ class PSAPreset(_Keyed):
         for key, ignored in (("text_length", text_length), ("verbose", verbose), ("attn_impl", attn_impl)):
             ignore(key, ignored)
         self._check_plain_values()
+        refuse_interpolation({key: getattr(self, key) for key in ("name", "model", "description")}, "preset")
 
         store = object.__setattr__  # the normal forms of what was given; the dataclass is frozen
         store(self, "block_size", _as_part(BlockSize, self.block_size, "block_size"))

@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence, Set
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from typing import Any, TypeGuard, TypeVar
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+
+from psa_diffusers.presets.plain import quote_ranges, refuse_interpolation
 
 Schema = TypeVar("Schema")
 
@@ -24,13 +26,41 @@ def is_int(value: object) -> TypeGuard[int]:
 
 
 def is_real(value: object) -> TypeGuard[float]:
-    """Whether a value is a finite number; true and false are none."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    """Whether a value is a finite number that a float can hold; true and false are none."""
+    try:
+        return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    except OverflowError:
+        return False
 
 
 def is_list(value: object) -> TypeGuard[Sequence[Any]]:
     """Whether a value is a list or a tuple; a string is none."""
     return isinstance(value, Sequence) and not isinstance(value, str)
+
+
+def check_prompts(given: object, name: str, *, least: int = 1) -> list[str]:
+    """Return a list of prompts. A text is none: it would run a prompt a letter.
+
+    Args:
+        given: What stands in the place of the prompts.
+        name: Its name, for the message.
+        least: How many there must be.
+
+    Raises:
+        ValueError: If it is no list of texts, or a shorter one.
+    """
+    expected = f"{name} must be a list of at least one prompt" if least == 1 else f"{name} must be a list of prompts"
+    if isinstance(given, (str, bytes)):
+        raise ValueError(f"{expected}, got one text: write [{given!r:.60}]")
+    if not isinstance(given, Iterable) or isinstance(given, (Mapping, Set)):
+        raise ValueError(f"{expected}, got {given!r:.60}, a {type(given).__name__}")
+    prompts = list(given)
+    for number, prompt in enumerate(prompts):
+        if not isinstance(prompt, str):
+            raise ValueError(f"{name}[{number}] must be a text, got {prompt!r:.60}, a {type(prompt).__name__}")
+    if len(prompts) < least:
+        raise ValueError(f"{expected}, got {len(prompts)}")
+    return prompts
 
 
 def suggest(word: object, choices: Iterable[object]) -> str:
@@ -152,14 +182,15 @@ def build(
         accept: Takes the values to those that the dataclass has fields for.
 
     Raises:
-        ValueError: If a key is unknown, a value has the wrong type, or the dataclass itself refuses it.
+        ValueError: If a key is unknown, a value has the wrong type or is an interpolation, or the dataclass itself
+            refuses it.
     """
     changes = nest({key: _plain(value) for key, value in overrides.items()})
     keys.check(changes, where)
+    merged = merge(values, changes, whole=whole)
+    refuse_interpolation(merged, where)
     try:
-        typed = OmegaConf.merge(
-            _writable(OmegaConf.structured(schema)), dict(accept(merge(values, changes, whole=whole)))
-        )
+        typed = OmegaConf.merge(_writable(OmegaConf.structured(schema)), dict(accept(merged)))
         made = OmegaConf.to_object(typed)
     except OmegaConfBaseException as error:
         key = getattr(error, "full_key", None)
@@ -176,20 +207,25 @@ def parse_overrides(assignments: Sequence[str]) -> dict[str, Any]:
     Values are YAML, so `mask_ratios={1: [0, 0.1], 0: [0.1, 1]}` works as well.
 
     Raises:
-        ValueError: If an assignment has no `=` or its value is no valid YAML.
+        ValueError: If an assignment has no `=`, or its value is no valid YAML or an interpolation.
     """
     for assignment in assignments:
         if "=" not in assignment or assignment.startswith("="):
             raise ValueError(f"an override has the form key=value, got {assignment!r}; for example block_size.m=64")
+    pairs = [assignment.partition("=") for assignment in assignments]
+    quoted = [f"{key}={quote_ranges(value)}" for key, _, value in pairs]
     try:
-        parsed = OmegaConf.to_container(OmegaConf.from_dotlist(list(assignments)))
-    except (yaml.YAMLError, OmegaConfBaseException) as error:
+        parsed = OmegaConf.to_container(OmegaConf.from_dotlist(quoted), resolve=False)
+    except (yaml.YAMLError, OmegaConfBaseException, ValueError, RecursionError) as error:
         raise ValueError(f"cannot read the overrides {list(assignments)}: {error}") from error
     assert isinstance(parsed, dict)
+    refuse_interpolation(parsed, "the overrides")
     return {str(key): value for key, value in parsed.items()}
 
 
 def _plain(value: Any) -> Any:
+    if OmegaConf.is_config(value):
+        return OmegaConf.to_container(value, resolve=False)
     return asdict(value) if is_dataclass(value) and not isinstance(value, type) else value
 
 

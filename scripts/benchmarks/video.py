@@ -234,7 +234,7 @@ def main(argv=None):
 def show(line):
     steps = line["step_seconds"]
     print(
-        f"{line['model']:22} {line['setting']:9} {line['preset']:12} {line['seconds']:8.1f} s  {line['speedup']:5.2f}x  "
+        f"{line['model']:22} {line['setting']:9} {line['preset']:12} {line['seconds']:8.1f} s {line['speedup']:5.2f}x  "
         f"first step {steps[0]:.3f} s, last {steps[-1]:.3f}, decoding {line['decoding_seconds']:.1f}  "
         f"density {line['sparse_density']}  {line['peak_gib']} GiB",
         flush=True,

@@ -8,6 +8,7 @@ import gc
 import logging
 import pickle
 import re
+import sys
 import time
 import weakref
 from collections import Counter
@@ -62,6 +63,13 @@ class Machine(RuleBasedStateMachine):
         done["sequences"] += 1
 
     def teardown(self) -> None:
+        try:
+            for pipe in self.world.pipelines if sys.exc_info()[0] is None else ():
+                self._call(pipe, steps=3, guided=False)
+        finally:
+            self._clean_up()
+
+    def _clean_up(self) -> None:
         logging.getLogger("psa_diffusers").removeHandler(self.warnings)
         self.watch.forget()
         if self.has_compiled:
@@ -126,6 +134,11 @@ class Machine(RuleBasedStateMachine):
     @rule(which=_which, steps=_steps, guided=st.sampled_from((False, False, False, True)))
     def call(self, which: int, steps: int, guided: bool) -> None:
         self._call(self._pipe(which), steps, guided)
+
+    @rule(steps=_steps)
+    def call_all(self, steps: int) -> None:
+        for pipe in list(self.world.pipelines):
+            self._call(pipe, steps, guided=False)
 
     @rule(
         which=_which,
@@ -211,8 +224,7 @@ class Machine(RuleBasedStateMachine):
     def delete(self, which: int) -> None:
         pipe = self._pipe(which)
         self.world.delete(pipe)
-        gone = weakref.ref(pipe.real)
-        del pipe
+        gone, pipe.real = weakref.ref(pipe.real), None
         gc.collect()
         assert gone() is None, "a deleted pipeline is alive"
         if not self.world.pipelines:

@@ -99,8 +99,8 @@ def moment_importance(q: Tensor, k: Tensor, layout: Layout, scale: float) -> Ten
 def pool_rows(x: Tensor, rows: Tensor, width: int) -> tuple[Tensor, Tensor]:
     """Mean of the real tokens of every ``width`` lanes ``[B, H, lanes / width, D]``, and their number."""
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-    real = (rows >= 0).to(wide)
-    counts = real.view(-1, width).sum(1)
+    empty = (rows < 0)[:, None]
+    counts = (rows >= 0).view(-1, width).sum(1).to(wide)
     source = rows.clamp_min(0)
     batch, heads, _, dim = x.shape
     cells = torch.empty(batch, heads, counts.shape[0], dim, dtype=x.dtype, device=x.device)
@@ -109,15 +109,16 @@ def pool_rows(x: Tensor, rows: Tensor, width: int) -> tuple[Tensor, Tensor]:
     for b, h in ((b, h) for b in range(batch) for h in range(heads)):
         for start in range(0, len(counts), chunk):
             part, lanes = slice(start, start + chunk), slice(start * width, (start + chunk) * width)
-            tokens = x[b, h].index_select(0, source[lanes]).to(wide) * real[lanes, None]
+            tokens = x[b, h].index_select(0, source[lanes]).to(wide).masked_fill_(empty[lanes], 0)
             cells[b, h, part] = tokens.view(-1, width, dim).sum(1) / divisor[part]
     return cells, counts
 
 
 def sample_rows(x: Tensor, rows: Tensor, width: int) -> tuple[Tensor, Tensor]:
-    """The first of every ``width`` lanes: ``[B, H, lanes / width, D]``, and 1 or 0 for a real or an empty lane."""
+    """The first of every ``width`` lanes ``[B, H, lanes / width, D]``, 0 if it is empty, and 1 or 0 for real or empty."""
     rows = rows[::width]
-    return x.index_select(2, rows.clamp_min(0).long()), (rows >= 0).to(torch.float32)
+    taken = x.index_select(2, rows.clamp_min(0).long())
+    return taken.masked_fill_((rows < 0)[:, None], 0), (rows >= 0).to(torch.float32)
 
 
 def reduce_scores(

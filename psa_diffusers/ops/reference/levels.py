@@ -37,7 +37,8 @@ def assign_block_levels(
 def assign_ranked_levels(importance: Tensor, rule: LevelRule) -> Tensor:
     """Levels of one ranking per row: ``[..., N]`` importance to ``[..., N]`` int16 factors.
 
-    A row with an importance that is not finite reads everything at factor 1. Ties break by index.
+    A row with an importance that is not finite reads everything at factor 1. Ties break by index. Shares are summed in
+    float32 or wider, and in a range that holds the sum, whatever the importance comes in.
 
     Source: arXiv:2512.04025, Alg. 2 and the quantile variant. Differs: the block that crosses a bound belongs to the
         finer side; shares are rounded, not aligned to a kernel tile; at least one block of a row is at factor 1.
@@ -54,13 +55,23 @@ def assign_ranked_levels(importance: Tensor, rule: LevelRule) -> Tensor:
         level = level.expand(importance.shape)
         full = 1
     else:
-        share = importance.gather(-1, order)
+        share = _in_range(importance.gather(-1, order))
         before = (share.cumsum(-1) - share) / share.sum(-1, keepdim=True).clamp_min(torch.finfo(share.dtype).tiny)
         level = sum(((before >= bound).long() for _, bound in rule.levels[:-1]), torch.zeros_like(order))
         full = max(1, -int(-rule.min_full_ratio * num_blocks // 1))
     ranked = torch.where(place < full, 1, factors[level])
     level_map = torch.empty_like(ranked).scatter_(-1, order, ranked)
     return torch.where(broken, 1, level_map).to(torch.int16)
+
+
+def _in_range(share: Tensor) -> Tensor:
+    """Shares in float32 or wider; a row whose sum is too large or too small for it is scaled by a power of two."""
+    half = share.dtype in (torch.float16, torch.bfloat16)
+    if half or not share.is_floating_point():
+        share = share.to(torch.float32 if half else torch.float64)
+    largest, finest = share.amax(-1, keepdim=True), torch.finfo(share.dtype)
+    scale = torch.where(largest > finest.max * 2**-20, 2.0**-20, 1.0)  # rows are shorter than 2**20
+    return share * torch.where(largest < finest.tiny * 2**30, 2.0**30, scale).to(share.dtype)
 
 
 def key_cosine_cap(k: Tensor, layout: Layout, thresholds: Thresholds) -> Tensor:
@@ -89,8 +100,13 @@ def key_cosine_cap(k: Tensor, layout: Layout, thresholds: Thresholds) -> Tensor:
             continue
         full = (layout.cell_counts(factor) == factor).view(-1, layout.block_n // factor)
         ends = torch.arange(0, lanes, factor, device=k.device)
-        first, last = (k.index_select(2, rows[lane]).to(wide) for lane in (ends, ends + factor - 1))
+        first, last = (_scaled(k.index_select(2, rows[lane]).to(wide)) for lane in (ends, ends + factor - 1))
         cosine = torch.cosine_similarity(first, last, dim=-1).view(batch, heads, *full.shape)
-        mean = (cosine * full).sum(-1) / full.sum(-1).clamp_min(1)
+        mean = torch.where(full, cosine, 0).sum(-1) / full.sum(-1).clamp_min(1)
         cap = torch.where((mean > threshold) & full.any(-1), factor, cap)
     return cap.to(torch.int16)
+
+
+def _scaled(x: Tensor) -> Tensor:
+    """Vectors of which no channel exceeds 1: their squares stay in range, and a cosine is the same."""
+    return x / x.abs().amax(-1, keepdim=True).clamp_min(torch.finfo(x.dtype).tiny)

@@ -30,7 +30,7 @@ def build_pyramid(
     lanes = layout.key_rows.shape[0]
     bases, num_rows = pooled_rows(lanes, factors)
     rows = layout.key_rows.clamp_min(0).long()
-    real = (layout.key_rows >= 0).to(wide)[:, None]
+    empty = (layout.key_rows < 0)[:, None]
     counts = [layout.cell_counts(factor) for factor in factors]
     chunk = layout.block_n * max(1, _POOLED // (layout.block_n * dim))
 
@@ -45,8 +45,10 @@ def build_pyramid(
             continue
         for start in range(0, lanes, chunk):  # a few blocks at a time: wide copies stay small
             part = slice(start, min(start + chunk, lanes))
-            # empty lanes hold zeros: they add nothing to a sum
-            token_k, token_v = (x[b, h].index_select(0, rows[part]).to(wide).mul_(real[part]) for x in (k, v))
+            # empty lanes hold zeros: they add nothing to a sum. Not by a product: the token in their place may be NaN
+            token_k, token_v = (
+                x[b, h].index_select(0, rows[part]).to(wide).masked_fill_(empty[part], 0) for x in (k, v)
+            )
             for f, (factor, base) in enumerate(zip(factors, bases, strict=True)):
                 if factor == 1:
                     continue
@@ -56,11 +58,11 @@ def build_pyramid(
                 mean_k, mean_v = (x.view(-1, factor, dim).sum(1) / divisor for x in (token_k, token_v))
                 keys[b, h, cells], values[b, h, cells] = mean_k, mean_v
                 if key_variance or value_tilt:
-                    delta_k = (token_k - mean_k.repeat_interleave(factor, 0)) * real[part]
+                    delta_k = (token_k - mean_k.repeat_interleave(factor, 0)).masked_fill(empty[part], 0)
                 if variance is not None:
                     variance[b, h, cells] = delta_k.square().mean(1).view(-1, factor).sum(1) / divisor[:, 0]
                 if covariance is not None:
-                    delta_v = (token_v - mean_v.repeat_interleave(factor, 0)) * real[part]
+                    delta_v = (token_v - mean_v.repeat_interleave(factor, 0)).masked_fill(empty[part], 0)
                     covariance[b, h, f] += delta_k.T @ delta_v / tokens
 
     log_counts = [count.to(wide).log() for factor, count in zip(factors, counts, strict=True) if factor > 1]
