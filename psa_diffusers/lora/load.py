@@ -48,11 +48,12 @@ def load_psa_lora(
     """Load a LoRA from a safetensors file and make it the active adapter.
 
     Works before and after `enable_psa`, with the same result. The file is checked against the denoiser first: that it
-    exists, that its keys are those of a diffusers LoRA, that every target exists and has the right shape.
+    exists, that its keys are those of a diffusers LoRA, that every target exists and has the right shape, that every
+    number is finite. Of the settings of peft in the file only the strength is used, and the weights decide the rest.
 
-    A LoRA that was distilled to four steps with PSA (CogVideoX-5B, Wan2.1-1.3B) is recognised by its form, and the
-    pipeline gets what it needs: its scheduler; four steps and guidance 1.0 as defaults of the call; the preset that it
-    was trained with, psa_4steps, as default of `enable_psa`. All of it goes back with `unload_psa_lora(pipe)` or
+    A LoRA that was distilled to four steps with PSA (CogVideoX-5B, Wan2.1-1.3B, the demo model) is recognised by its
+    form, and the pipeline gets what it needs: its scheduler; four steps and guidance 1.0 as defaults of the call; the
+    preset that it was trained with, psa_4steps, as default of `enable_psa`. All of it goes back with `unload_psa_lora(pipe)` or
     `pipe.unload_lora_weights()`.
 
         pipe = CogVideoXPipeline.from_pretrained("THUDM/CogVideoX-5b", torch_dtype=torch.bfloat16).to("cuda")
@@ -70,8 +71,9 @@ def load_psa_lora(
             several.
         scale: Strength, 1.0 as trained.
         fuse: Whether to merge the LoRA into the weights: faster, undone (to rounding) by `unload_psa_lora(pipe)`.
-        few_steps: Whether it is a LoRA for four steps. None recognises that: rank 64 on the attention projections of
-            every block, and nothing else, of a model that has such a LoRA. False loads any such file as an ordinary
+            Until that is done, main memory holds a copy of the weights that change.
+        few_steps: Whether it is a LoRA for four steps. None recognises that: the rank of the published one (64, of
+            the demo model 48) on the attention projections of every block, and nothing else. False loads any such file as an ordinary
             LoRA, True any LoRA of such a model with the settings for four steps.
         load_into_transformer_2: Whether a file without keys for `transformer_2` is for the second expert (Wan 2.2). A
             file with keys for both goes to both.
@@ -81,11 +83,11 @@ def load_psa_lora(
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If it is no LoRA of this model, the adapter name is taken, or `few_steps` is True for a model
-            without such a LoRA.
-        TypeError: If the pipeline cannot load LoRAs.
+        ValueError: If it is no plain LoRA of this model, something in it or `scale` is not finite, the adapter name is
+            taken, or `few_steps` is True for a model without such a LoRA.
+        TypeError: If the pipeline cannot load LoRAs, or an argument is of a wrong type.
         RuntimeError: If the pipeline is running and the LoRA would change its schedule.
-            Whatever is raised, the pipeline has not been changed.
+            Whatever is raised, the pipeline is as it was, to the bit.
     """
     if not hasattr(pipe, "load_lora_weights"):
         raise TypeError(f"load_psa_lora needs a pipeline that can load LoRAs, got {type(pipe).__name__}")
