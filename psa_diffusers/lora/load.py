@@ -53,8 +53,8 @@ def load_psa_lora(
 
     A LoRA that was distilled to four steps with PSA (CogVideoX-5B, Wan2.1-1.3B, the demo model) is recognised by its
     form, and the pipeline gets what it needs: its scheduler; four steps and guidance 1.0 as defaults of the call; the
-    preset that it was trained with, psa_4steps, as default of `enable_psa`. All of it goes back with `unload_psa_lora(pipe)` or
-    `pipe.unload_lora_weights()`.
+    preset that it was trained with, psa_4steps, as default of `enable_psa`. All of it goes back with
+    `unload_psa_lora(pipe)` or `pipe.unload_lora_weights()`.
 
         pipe = CogVideoXPipeline.from_pretrained("THUDM/CogVideoX-5b", torch_dtype=torch.bfloat16).to("cuda")
         load_psa_lora(pipe, "GYP666/BLADE")
@@ -73,8 +73,8 @@ def load_psa_lora(
         fuse: Whether to merge the LoRA into the weights: faster, undone (to rounding) by `unload_psa_lora(pipe)`.
             Until that is done, main memory holds a copy of the weights that change.
         few_steps: Whether it is a LoRA for four steps. None recognises that: the rank of the published one (64, of
-            the demo model 48) on the attention projections of every block, and nothing else. False loads any such file as an ordinary
-            LoRA, True any LoRA of such a model with the settings for four steps.
+            the demo model 48) on the attention projections of every block, and nothing else. False loads any such file
+            as an ordinary LoRA, True any LoRA of such a model with the settings for four steps.
         load_into_transformer_2: Whether a file without keys for `transformer_2` is for the second expert (Wan 2.2). A
             file with keys for both goes to both.
 
