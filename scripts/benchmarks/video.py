@@ -147,7 +147,7 @@ class Bench:
             is_short = args.steps < args.as_steps
             enable_psa(self.pipe, preset, **({"warmup_steps": min(warmup, 1)} if is_short else {}))
             kinds = self.kinds(warmup, args.as_steps), self.kinds(min(warmup, 1) if is_short else warmup, args.steps)
-        self.call(2, output_type="latent")  # tunes, compiles, fills caches
+        self.call(1 if preset is None else 2, output_type="latent")  # tunes, compiles, fills caches
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
         watch = Watch(self.pipe, self.device)
@@ -183,7 +183,7 @@ class Bench:
     def density(self, preset):
         """Mean density of the sparse calls of a step, from the report; it breaks graphs, so not in a timed call."""
         enable_psa(self.pipe, preset, warmup_steps=0, report=True)
-        self.call(2, output_type="latent")
+        self.call(1, output_type="latent")
         records = [record["density"] for record in psa_report(self.pipe).records if record["kind"] == "sparse"]
         disable_psa(self.pipe)
         return statistics.fmean(records)
