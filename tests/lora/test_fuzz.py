@@ -110,7 +110,7 @@ def mutated(draw, kinds):
 
 def of_header(draw, data):
     head, body = split(data)
-    if head is None:
+    if not head:
         return data
     key = draw(st.sampled_from(sorted(head)))
     if key == "__metadata__":
@@ -152,7 +152,9 @@ def of_settings(draw, data):
     metadata = dict(head.get("__metadata__", {}))
     try:
         settings = json.loads(metadata.get("lora_adapter_metadata", "{}"))
-    except ValueError:
+    except (ValueError, RecursionError, TypeError):
+        return data
+    if not isinstance(settings, dict):
         return data
     prefix = draw(st.sampled_from(["transformer.", "transformer.", "transformer.", "transformer_2.", ""]))
     settings[prefix + draw(st.sampled_from(NAMES))] = draw(VALUES)
@@ -168,7 +170,7 @@ def of_settings(draw, data):
 def of_shapes(draw, data):
     """Another shape whose size is right, so that safetensors takes it."""
     head, body = split(data)
-    keys = sorted(key for key in head or () if "shape" in head[key])
+    keys = sorted(key for key in head or () if isinstance(head[key].get("shape"), list))
     if not keys:
         return data
     shape = head[draw(st.sampled_from(keys))]["shape"]
@@ -184,8 +186,10 @@ def of_numbers(draw, data):
     keys = sorted(key for key in head or () if key != "__metadata__" and head[key].get("dtype") == "F32")
     if not keys:
         return data
-    start, *_ = head[draw(st.sampled_from(keys))].get("data_offsets") or [0]
-    place = start + 4 * draw(st.integers(0, 15))
+    offsets = head[draw(st.sampled_from(keys))].get("data_offsets")
+    place = 4 * draw(st.integers(0, 15))
+    if isinstance(offsets, list) and offsets and isinstance(offsets[0], int):
+        place += offsets[0]
     if 0 <= place <= len(body) - 4:
         struct.pack_into("<f", body, place, draw(st.sampled_from(NUMBERS)))
     return join(head, body)
