@@ -115,7 +115,7 @@ def pool_rows(x: Tensor, rows: Tensor, width: int) -> tuple[Tensor, Tensor]:
 
 
 def sample_rows(x: Tensor, rows: Tensor, width: int) -> tuple[Tensor, Tensor]:
-    """The first of every ``width`` lanes ``[B, H, lanes / width, D]``, 0 if it is empty, and 1 or 0 for real or empty."""
+    """The first of every ``width`` lanes ``[B, H, lanes / width, D]``, 0 if empty, and 1 or 0 for real or empty."""
     rows = rows[::width]
     taken = x.index_select(2, rows.clamp_min(0).long())
     return taken.masked_fill_((rows < 0)[:, None], 0), (rows >= 0).to(torch.float32)
