@@ -149,7 +149,10 @@ USED = {
 @pytest.mark.parametrize("used", USED)
 def test_the_strength_is_that_which_diffusers_and_peft_give_it(used, pipe, tmp_path):
     names = {"transformer.target_modules": ["attn1.to_q", "attn1.to_k", "attn1.to_v", "attn1.to_out.0"]}
-    path = lora_file(tmp_path, "wan2.1", metadata={**USED[used], **names})
+    # which older diffusers does not do without
+    empty = {"rank_pattern": {}, "alpha_pattern": {}, "use_dora": False, "lora_bias": False}
+    empty = {f"transformer.{name}": value for name, value in empty.items()}
+    path = lora_file(tmp_path, "wan2.1", metadata={**empty, **USED[used], **names})
     load_psa_lora(pipe, path)
     ours = outputs(pipe)
     unload_psa_lora(pipe)
