@@ -93,6 +93,8 @@ class Bench:
         if self.model.tiled:
             self.pipe.vae.enable_tiling()
         self.embeds = self.model.embeds(self.pipe, self.device, self.dtype)
+        # before anything is compiled: compiled code keeps the kernel that it was made with
+        self.allowed = 2 * self.rounding()
         if setting == "fp8":
             from torchao.quantization import Float8DynamicActivationFloat8WeightConfig, PerRow, quantize_
 
@@ -120,20 +122,24 @@ class Bench:
             callback_on_step_end=watch,
         ).frames
 
+    def rounding(self):
+        """Relative L1 error of one step on a short video between two dense kernels."""
+        dense = self.call(1, frames=17, output_type="latent")
+        with sdpa_kernel([SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
+            return relative_error(self.call(1, frames=17, output_type="latent"), dense)
+
     def check(self):
         """Reading everything is dense attention, to twice what another dense kernel differs by."""
         dense = self.call(1, frames=17, output_type="latent")
-        with sdpa_kernel([SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
-            allowed = 2 * relative_error(self.call(1, frames=17, output_type="latent"), dense)
         enable_psa(self.pipe, mask_ratios={1: [0, 1]}, warmup_steps=0, layers={}, steps={})
         error = relative_error(self.call(1, frames=17, output_type="latent"), dense)
         disable_psa(self.pipe)
-        if not error <= allowed and self.device.type == "cuda":
+        if not error <= self.allowed and self.device.type == "cuda":
             sys.exit(
                 f"{self.name}, {self.setting}: reading everything differs from dense attention by {error:.1e}, "
-                f"allowed {allowed:.1e}"
+                f"allowed {self.allowed:.1e}"
             )
-        return {"gate_relative_l1": error, "gate_allowed": allowed}
+        return {"gate_relative_l1": error, "gate_allowed": self.allowed}
 
     def run(self, preset):
         """Time one call, dense if preset is None; return a line."""
