@@ -13,8 +13,7 @@ DTYPES = ("bfloat16", "float16", "float32")
 OFFLOADS = ("none", "model", "sequential")
 
 
-# the two optional parts are not frozen: OmegaConf 2.3 cannot merge into a frozen dataclass whose default is None
-@dataclass
+@dataclass(frozen=True)
 class SchedulerChoice:
     """Scheduler that replaces the one of the checkpoint: a class of diffusers, and what to change in its settings."""
 
@@ -26,7 +25,7 @@ class SchedulerChoice:
             raise ValueError("scheduler needs class_name, a scheduler class of diffusers such as CogVideoXDPMScheduler")
 
 
-@dataclass
+@dataclass(frozen=True)
 class LoraSource:
     """LoRA to load: a hub id or folder, the file inside it, and its strength."""
 

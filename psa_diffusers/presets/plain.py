@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import yaml
@@ -29,8 +29,17 @@ def read_yaml(text: str) -> Any:
     Raises:
         ValueError: If the text is no YAML, is nested too deep, or grows beyond OmegaConf's limit by its aliases.
     """
+    return _plain(lambda: OmegaConf.load(io.StringIO(quote_ranges(text))))
+
+
+def read_value(text: str) -> Any:
+    """Return the plain value of a YAML text that may also be a single number or name; errors as in `read_yaml`."""
+    return _plain(lambda: OmegaConf.from_dotlist([f"value={quote_ranges(text)}"]))["value"]
+
+
+def _plain(load: Callable[[], Any]) -> Any:
     try:
-        return OmegaConf.to_container(OmegaConf.load(io.StringIO(quote_ranges(text))), resolve=False)
+        return OmegaConf.to_container(load(), resolve=False)
     except RecursionError as error:
         raise ValueError("it is nested too deep; no setting needs more than ten levels") from error
     except (yaml.YAMLError, OmegaConfBaseException, OSError, ValueError) as error:

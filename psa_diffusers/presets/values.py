@@ -11,11 +11,10 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence, S
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from typing import Any, TypeGuard, TypeVar
 
-import yaml
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from psa_diffusers.presets.plain import quote_ranges, refuse_interpolation
+from psa_diffusers.presets.plain import read_value, refuse_interpolation
 
 Schema = TypeVar("Schema")
 
@@ -190,7 +189,7 @@ def build(
     merged = merge(values, changes, whole=whole)
     refuse_interpolation(merged, where)
     try:
-        typed = OmegaConf.merge(_writable(OmegaConf.structured(schema)), dict(accept(merged)))
+        typed = OmegaConf.merge(OmegaConf.structured(schema), dict(accept(merged)))
         made = OmegaConf.to_object(typed)
     except OmegaConfBaseException as error:
         key = getattr(error, "full_key", None)
@@ -209,30 +208,21 @@ def parse_overrides(assignments: Sequence[str]) -> dict[str, Any]:
     Raises:
         ValueError: If an assignment has no `=`, or its value is no valid YAML or an interpolation.
     """
+    values = {}
     for assignment in assignments:
-        if "=" not in assignment or assignment.startswith("="):
+        key, equals, text = assignment.partition("=")
+        if not equals or not key:
             raise ValueError(f"an override has the form key=value, got {assignment!r}; for example block_size.m=64")
-    pairs = [assignment.partition("=") for assignment in assignments]
-    quoted = [f"{key}={quote_ranges(value)}" for key, _, value in pairs]
-    try:
-        parsed = OmegaConf.to_container(OmegaConf.from_dotlist(quoted), resolve=False)
-    except (yaml.YAMLError, OmegaConfBaseException, ValueError, RecursionError) as error:
-        raise ValueError(f"cannot read the overrides {list(assignments)}: {error}") from error
-    assert isinstance(parsed, dict)
+        try:
+            values[key] = read_value(text)
+        except ValueError as error:
+            raise ValueError(f"cannot read the override {assignment!r}: {error}") from error
+    parsed = nest(values)
     refuse_interpolation(parsed, "the overrides")
-    return {str(key): value for key, value in parsed.items()}
+    return parsed
 
 
 def _plain(value: Any) -> Any:
     if OmegaConf.is_config(value):
         return OmegaConf.to_container(value, resolve=False)
     return asdict(value) if is_dataclass(value) and not isinstance(value, type) else value
-
-
-def _writable(config: DictConfig) -> DictConfig:
-    """Unlock the schema of a frozen dataclass and of those inside it, which OmegaConf 2.3 refuses to merge into."""
-    OmegaConf.set_readonly(config, None)
-    for key in config:
-        if not OmegaConf.is_missing(config, key) and isinstance(config[key], DictConfig):
-            _writable(config[key])
-    return config
