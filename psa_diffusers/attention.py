@@ -85,6 +85,7 @@ def psa_attention(
     if not isinstance(preset, (str, PSAPreset)):
         raise TypeError(f"preset must be a name or a PSAPreset, got a {type(preset).__name__}")
     key = _key_of_name(preset) if isinstance(preset, str) else preset.key
+    check_backend(backend)
     check_qkv(q, k, v)
     grid = checked_grid(q, grid, text_tokens)
     if not isinstance(text_first, bool):
@@ -237,10 +238,15 @@ def choose_backends(backend: str, q: Tensor, k: Tensor, v: Tensor, layout: Layou
     )
 
 
+def check_backend(backend: str) -> None:
+    """Refuse what names no backend."""
+    if not isinstance(backend, str) or backend not in BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
+
+
 def resolve_backend(backend: str, *tensors: Tensor) -> str:
     """``torch`` or ``triton``: what ``backend`` means for tensors alike, or an error that says why it cannot be."""
-    if backend not in BACKENDS:
-        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
+    check_backend(backend)
     if backend == "torch":
         return "torch"
     reason = _why_no_triton(*tensors)

@@ -67,7 +67,7 @@ def build_demo_pipeline(
     # the new name is ignored before 0.41, the old one warned about since
     version = tuple(int(part) for part in diffusers.__version__.split(".")[:2])
     dtype = {"dtype" if version >= (0, 41) else "torch_dtype": torch.float32}
-    return diffusers.DiffusionPipeline.from_pretrained(place, local_files_only=True, **dtype)
+    return diffusers.DiffusionPipeline.from_pretrained(place, local_files_only=True, use_safetensors=True, **dtype)
 
 
 def unknown_words(tokenizer: PreTrainedTokenizerFast, prompt: str) -> list[str]:

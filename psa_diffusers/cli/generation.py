@@ -111,7 +111,9 @@ def load_pipeline(entry: ModelEntry, *, device: str, lora: LoraSource | None = N
         # the new name is ignored before 0.41, the old one warned about since
         version = tuple(int(part) for part in diffusers.__version__.split(".")[:2])
         name = "dtype" if version >= (0, 41) else "torch_dtype"
-        pipe = kind.from_pretrained(entry.source, **{name: dtypes if len(dtypes) > 1 else dtypes["default"]})
+        dtype = dtypes if len(dtypes) > 1 else dtypes["default"]
+        # weights of other formats may hold code
+        pipe = kind.from_pretrained(entry.source, use_safetensors=True, trust_remote_code=False, **{name: dtype})
     if scheduler is not None and entry.scheduler is not None:
         pipe.scheduler = scheduler.from_config(pipe.scheduler.config, **entry.scheduler.kwargs)
     if entry.flow_shift is not None:

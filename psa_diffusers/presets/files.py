@@ -6,6 +6,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib import resources
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +87,10 @@ def file_version(path: str | Path) -> tuple[Path, int]:
 
     Raises:
         FileNotFoundError: If there is no such file.
+        TypeError: If this is no path.
     """
+    if not isinstance(path, (str, PathLike)):
+        raise TypeError(f"config must be the path of a YAML file, got a {type(path).__name__}")
     path = Path(path).expanduser()
     if not path.is_file():
         raise FileNotFoundError(f"no config file at {path}; give the path of a YAML file")

@@ -189,15 +189,33 @@ def build(
     merged = merge(values, changes, whole=whole)
     refuse_interpolation(merged, where)
     try:
-        typed = OmegaConf.merge(OmegaConf.structured(schema), dict(accept(merged)))
-        made = OmegaConf.to_object(typed)
-    except OmegaConfBaseException as error:
-        key = getattr(error, "full_key", None)
-        raise ValueError(f"{where}: {f'{key}: ' if key else ''}{str(error).splitlines()[0]}") from error
+        accepted = accept(merged)
+        try:
+            made = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), dict(accepted)))
+        except (OmegaConfBaseException, TypeError, OverflowError) as error:
+            raise ValueError(_what_is_wrong(schema, accepted, error)) from error
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from error
     assert isinstance(made, schema)
     return made
+
+
+def _what_is_wrong(schema: type, values: Mapping[str, Any], error: Exception) -> str:
+    """A message for what OmegaConf says of values that do not fit the types of a dataclass.
+
+    For a mapping in place of a list, a number that no float holds, and what stands inside a list OmegaConf names no
+    key: it is the first that fails alone.
+    """
+    said, key = str(error).splitlines()[0], getattr(error, "full_key", None)
+    if key and "$" not in said:
+        return f"{key}: {said}"
+    typed = OmegaConf.structured(schema)
+    for name, value in values.items():
+        try:
+            OmegaConf.merge(typed, {name: value})
+        except (OmegaConfBaseException, TypeError, OverflowError):
+            return f"{name}: expected a value like {getattr(typed, name)!r}, got {value!r}"
+    return said
 
 
 def parse_overrides(assignments: Sequence[str]) -> dict[str, Any]:
