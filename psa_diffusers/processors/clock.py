@@ -163,9 +163,14 @@ class WarmupScheduler(PipelineCallback):
         elif now[1] < before[1] or is_new_loop:
             self._begin()
 
-    def go_to(self, step: int) -> None:
-        """Hear the index of the running step; one that falls back begins a segment."""
-        if step < self.step or (step == 0 and self._loop_begins):
+    def go_to(self, step: int, *, is_new: bool = False) -> None:
+        """Hear the index of the running step; one that falls back begins a segment.
+
+        Args:
+            step: The index.
+            is_new: Whether it is known that another step begins, so that a second step 0 is one of another segment.
+        """
+        if step < self.step or (step == 0 and (self._loop_begins or is_new)):
             self._begin()
         self._loop_begins = False
         if step != self.step:

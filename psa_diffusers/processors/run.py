@@ -18,6 +18,7 @@ from psa_diffusers.pipelines.host import Handle, add_hooks, in_backward, running
 from psa_diffusers.presets import PSAPreset
 from psa_diffusers.processors.calls import Listener
 from psa_diffusers.processors.clock import WarmupScheduler
+from psa_diffusers.processors.place import PlaceReader
 from psa_diffusers.processors.recorder import Recorder
 from psa_diffusers.processors.reuse import Branch, KeptSchedules
 
@@ -55,6 +56,7 @@ class Run:
         self.owner: Callable[[], Any] | None = None
         self.ran_sparse = False
         self._was_open = False
+        self._place = PlaceReader()
         self._pipe: Callable[[], Any] | None = None
         self._others: list[Listener] = []
         self._said: set[str] = set()
@@ -69,12 +71,14 @@ class Run:
             return
         self._forget()
         self.clock.reset()
+        self._place.begin(pipe)
         self._pipe, self.is_called = weakref.ref(pipe), True
         try:
             yield
             self._say_if_nothing_was_sparse()
         finally:
             self.clock.reset()
+            self._place.begin(None)
             self.kept.clear()
             self._pipe, self.is_called = None, False
 
@@ -115,11 +119,11 @@ class Run:
             return
         pipe = self._pipe() if self._pipe is not None and is_told else self._find_pipe(denoiser)
         if pipe is not None:
+            place = None if self.clock.is_told else self._place.read(pipe)
             self._read_length(pipe)
-            if (index := _index_of(pipe)) is not None and not self.clock.is_told:
-                self.clock.go_to(index)
-                return
-            if self.clock.is_told:
+            if place is not None:
+                self.clock.go_to(place.step, is_new=place.is_new)
+            if place is not None or self.clock.is_told:
                 return
         # reading a timestep waits for the GPU, so only if nobody else tells the step and somebody wants to know it
         if self._is_asked() and timestep is not None and self.clock.observe(-timestep if rises else timestep):
@@ -154,7 +158,7 @@ class Run:
 
     def _read_length(self, pipe: Any) -> None:
         order = getattr(getattr(pipe, "scheduler", None), "order", 1)
-        self.clock.set_length(getattr(pipe, "num_timesteps", None), order)
+        self.clock.set_length(self._place.read_length(pipe), order)
 
     def _find_pipe(self, denoiser: nn.Module) -> Any:
         """Find the pipeline that runs the denoiser without having announced it, and listen to it from now on."""
@@ -165,6 +169,7 @@ class Run:
         if self._pipe is None or self._pipe() is not pipe:
             self._forget()
             self.clock.reset()
+            self._place.begin(None)
             self._pipe = weakref.ref(pipe)
             self._others.append(Listener(pipe, self))
         timestep = getattr(pipe, "_current_timestep", None)
@@ -358,15 +363,3 @@ def is_captured(x: Any) -> bool:
     """
     is_asked = isinstance(x, Tensor) and x.is_cuda and not torch.compiler.is_compiling()
     return is_asked and torch.cuda.is_current_stream_capturing()
-
-
-def _index_of(pipe: Any) -> int | None:
-    """The step that a pipeline's guider or scheduler knows itself to be at; None if neither does."""
-    step = getattr(getattr(pipe, "guider", None), "_step", None)
-    if isinstance(step, int):
-        return step
-    scheduler: Any = getattr(pipe, "scheduler", None)
-    if not hasattr(scheduler, "step_index"):
-        return None
-    index, first = scheduler.step_index, getattr(scheduler, "begin_index", None)
-    return 0 if index is None else (index - (first or 0)) // getattr(scheduler, "order", 1)
