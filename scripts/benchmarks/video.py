@@ -222,6 +222,7 @@ class Bench:
 def main(argv=None):
     args = parse(argv)
     machine = environment(args.device)
+    torch._dynamo.config.recompile_limit = 64  # several presets and two sizes of video in one process
     for name in args.models:
         for setting in args.settings:
             torch._dynamo.reset()
