@@ -39,7 +39,10 @@ def check_ranges(text: object) -> str:
 def _is_empty(start: str, stop: str) -> bool:
     """Whether a range holds no place, however many there are. A place and a share compare only with their like."""
     kinds = {(place.endswith("%"), place.startswith("-")) for place in (start, stop)}
-    return bool(stop) and len(kinds) == 1 and int(start.removesuffix("%")) >= int(stop.removesuffix("%"))
+    if not stop:
+        return False
+    first, last = (int(place.removesuffix("%")) for place in (start, stop))
+    return last == 0 or (len(kinds) == 1 and first >= last)
 
 
 def in_ranges(text: str, place: int, count: int | None) -> bool:

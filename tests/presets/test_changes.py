@@ -36,3 +36,25 @@ def test_steps_may_say_something_of_some_layers():
     ):
         with pytest.raises(ValueError, match=message):
             PSAPreset(steps=wrong)
+
+
+@pytest.mark.parametrize("key", ["steps", "layers"])
+@pytest.mark.parametrize(
+    "given", ["dense", 3, 2.5, True, [0, 1], [["0", {}]], [("0", "a", "b")], {"0"}, b"0", [("0", 1)], ("0:5", "dense")]
+)
+def test_changes_that_are_no_mapping_are_told_so(key, given):
+    with pytest.raises(ValueError, match=rf"{key} must be a mapping of ranges.*for example {key}:.*got "):
+        PSAPreset(**{key: given})
+
+
+@pytest.mark.parametrize("values", ["dense", "[1", "3", '"dense"', "[]", 3, None, True, [1], ["type"]])
+def test_a_range_that_maps_to_no_mapping_is_told_so(values):
+    for wrong in ({"steps": {"0:5": values}}, {"layers": {"1": values}}, {"steps": {"0": {"layers": {"1": values}}}}):
+        with pytest.raises(ValueError, match=r"range '.*' must map to the keys that differ there.*got ") as caught:
+            PSAPreset(**wrong)
+        assert repr(values) in str(caught.value)
+
+
+def test_a_preset_takes_its_own_changes_back():
+    preset = PSAPreset(steps={"0:5": {"type": "dense"}}, layers={"-1": {"key_variance": True}})
+    assert PSAPreset(steps=preset.steps, layers=[list(pair) for pair in preset.layers]) == preset
