@@ -5,6 +5,7 @@ import itertools
 import logging
 import pickle
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -93,6 +94,134 @@ def test_blocks_must_be_powers_of_two(rng):
 def test_assign_levels_refuses_an_unknown_mode():
     with pytest.raises(ValueError, match="'topk' or 'thresholdbound'"):
         assign_levels(torch.rand(1, 1, 2, 2), {1: [0, 1]}, "quantile")
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"q": [[0.0]]}, "q must be a tensor .*, got a list"),
+        ({"v": np.zeros((1, 2, 192, 16))}, "v must be a tensor .*, got a ndarray"),
+        ({"text_tokens": 2.0}, "text_tokens must be an integer, counted in tokens, got 2.0"),
+        ({"text_tokens": "2"}, "text_tokens must be an integer"),
+        ({"text_tokens": True}, "text_tokens must be an integer.*got True"),
+        ({"text_tokens": None}, "text_tokens must be an integer"),
+        ({"grid": (4.0, 6, 8)}, "grid must be .*three integers.*got"),
+        ({"grid": (4, 6, "8")}, "grid must be .*three integers"),
+        ({"grid": 192.5}, "grid must be .*three integers"),
+        ({"grid": torch.tensor([4, 6, 8])}, "grid must be .*three integers"),
+        ({"text_first": 1}, "text_first must be True or False, got 1"),
+        ({"text_first": "no"}, "text_first must be True or False"),
+        ({"scale": "large"}, "scale must be a number, got a str"),
+        ({"scale": True}, "scale must be a number, got a bool"),
+        ({"scale": [1.0]}, "scale must be a number, got a list"),
+        ({"schedule": (1, 2)}, "must be a Schedule.*got a tuple"),
+    ],
+)
+def test_arguments_of_another_kind_are_type_errors(kwargs, message, rng):
+    given = {**dict(zip("qkv", qkv(rng), strict=True)), "preset": PRESET, **kwargs}
+    with pytest.raises(TypeError, match=message):
+        psa_attention(**given)
+
+
+@pytest.mark.parametrize("scale", [torch.nan, torch.inf, -torch.inf, 1e30, 10**20])
+def test_a_scale_out_of_range_is_refused(scale, rng):
+    with pytest.raises(ValueError, match=r"scale must be a finite number.*got"):
+        psa_attention(*qkv(rng), PRESET, scale=scale)
+    with pytest.raises(ValueError, match="scale must be a finite number"):
+        pyramid_attention(*qkv(rng), torch.ones(1, 2, 6, 6).int(), block_m=32, block_n=32, scale=scale)
+
+
+def test_integers_of_other_kinds_are_integers(rng):
+    q, k, v = qkv(rng)
+    plain = psa_attention(q, k, v, PRESET, grid=(2, 10, 9), text_tokens=12, scale=0.5)
+    given = {"grid": np.array([2, 10, 9]), "text_tokens": np.int64(12), "scale": torch.tensor(0.5)}
+    assert torch.equal(psa_attention(q, k, v, PRESET, **given), plain)
+
+
+@pytest.mark.parametrize("backend", [None, "Triton", 3, ["torch"]])
+def test_a_backend_that_does_not_exist_is_refused(backend, rng):
+    with pytest.raises(ValueError, match="backend must be one of auto, torch, triton, got"):
+        psa_attention(*qkv(rng), PRESET, backend=backend)
+
+
+@pytest.mark.parametrize(
+    ("level_map", "message"),
+    [
+        (torch.ones(1, 2, 6, 6), r"integers.*got torch.float32: cast it with .to\(torch.int16\)"),
+        (torch.ones(1, 2, 6, 6).bfloat16(), "got torch.bfloat16"),
+        (torch.ones(1, 2, 6, 6, dtype=torch.bool), "got torch.bool"),
+        (torch.ones(1, 2, 6, 6, dtype=torch.complex64), "got torch.complex64"),
+        (torch.ones(1, 2, 6, 6).int().tolist(), "got a list"),
+        (np.ones((1, 2, 6, 6), dtype=np.int16), "got a ndarray: torch.as_tensor makes one"),
+        (None, "got a NoneType"),
+    ],
+)
+def test_level_maps_of_another_kind_are_type_errors(level_map, message, rng):
+    with pytest.raises(TypeError, match=f"level_map must .*{message}"):
+        pyramid_attention(*qkv(rng), level_map, block_m=32, block_n=32)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.uint16, torch.int32, torch.uint64])
+def test_level_maps_of_any_integer_are_read(dtype, rng):
+    tensors, level_map = qkv(rng), torch.randint(0, 3, (1, 2, 6, 6), generator=rng)
+    plain = pyramid_attention(*tensors, level_map, block_m=32, block_n=32)
+    assert torch.equal(pyramid_attention(*tensors, level_map.to(dtype), block_m=32, block_n=32), plain)
+
+
+@pytest.mark.parametrize("value", [2**16, 2**17, 2**32, -(2**15)])
+def test_a_factor_does_not_wrap_to_another(value, rng):
+    level_map = torch.full((1, 2, 6, 6), value)
+    with pytest.raises(ValueError, match=f"holds factors \\[{value}\\]"):
+        pyramid_attention(*qkv(rng), level_map, block_m=32, block_n=32)
+
+
+def test_the_largest_factors_are_factors(rng):
+    q, k, v = qkv(rng, tokens=40)
+    factor = 2**16
+    level_map = torch.full((1, 2, 3, 1), factor)
+    out = pyramid_attention(q, k, v, level_map, block_m=16, block_n=factor)
+    torch.testing.assert_close(out, v.mean(2, keepdim=True).expand_as(v))
+
+
+@pytest.mark.parametrize(
+    ("block", "error"), [(32.0, TypeError), ("32", TypeError), (True, TypeError), (2**40, ValueError)]
+)
+@pytest.mark.parametrize("name", ["block_m", "block_n"])
+def test_blocks_of_another_kind_are_refused(name, block, error, rng):
+    with pytest.raises(error, match=f"{name} must be .*power of two, got"):
+        pyramid_attention(*qkv(rng), torch.ones(1, 2, 6, 6).int(), **{"block_m": 32, "block_n": 32, name: block})
+
+
+@pytest.mark.parametrize(
+    ("importance", "kwargs", "error", "message"),
+    [
+        ([[1.0]], {}, TypeError, "importance must be a tensor of real numbers .*got a list"),
+        (torch.ones(2, 2, dtype=torch.complex64), {}, TypeError, "got torch.complex64"),
+        (torch.tensor(1.0), {}, ValueError, r"at least one block a row, got shape \(\)"),
+        (torch.ones(1, 1, 2, 0), {}, ValueError, "at least one block a row"),
+        (torch.tensor([[0.5, -0.5]]), {"mask_mode": "thresholdbound"}, ValueError, "none may be negative, got -0.5"),
+        (torch.ones(2, 2), {"min_full_ratio": 2}, ValueError, r"must lie in \[0, 1\], got 2"),
+        (torch.ones(2, 2), {"min_full_ratio": -1}, ValueError, r"must lie in \[0, 1\], got -1"),
+        (torch.ones(2, 2), {"min_full_ratio": torch.nan}, ValueError, "got nan"),
+        (torch.ones(2, 2), {"min_full_ratio": torch.inf}, ValueError, "got inf"),
+        (torch.ones(2, 2), {"min_full_ratio": "0.1"}, TypeError, "must be a number from 0 to 1, got a str"),
+        (torch.ones(2, 2), {"min_full_ratio": True}, TypeError, "got a bool"),
+        (torch.ones(2, 2), {"min_full_ratio": None}, TypeError, "got a NoneType"),
+        (torch.ones(2, 2), {"mask_mode": None}, ValueError, "mask_mode"),
+    ],
+)
+def test_assign_levels_refuses_what_has_no_order_or_no_sum(importance, kwargs, error, message):
+    with pytest.raises(error, match=message):
+        assign_levels(importance, {1: [0, 0.5], 0: [0.5, 1]}, **kwargs)
+
+
+@pytest.mark.parametrize("mode", ["topk", "thresholdbound"])
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int64, torch.float16, torch.bfloat16, torch.bool])
+def test_levels_are_the_same_in_any_dtype(dtype, mode, rng):
+    importance = torch.randint(0, 2 if dtype == torch.bool else 100, (1, 2, 3, 40), generator=rng)
+    ratios = {1: [0, 0.25], 2: [0.25, 0.5], 0: [0.5, 1]}
+    expected = assign_levels(importance.double(), ratios, mode)
+    assert torch.equal(assign_levels(importance.to(dtype), ratios, mode), expected)
 
 
 BROKEN = [(name, value, place) for name in "qkv" for value in (torch.nan, torch.inf, -torch.inf) for place in (0, 100)]

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterable
 from numbers import Integral, Real
-from typing import SupportsFloat
+from typing import Any, SupportsFloat
 
 import torch
 from torch import Tensor
@@ -50,7 +50,7 @@ def unsupported_head_dim(dim: int) -> str | None:
 def checked_grid(q: Tensor, grid: tuple[int, int, int] | None, text_tokens: int) -> tuple[int, int, int]:
     """The grid as plain integers, all video tokens in one line if there is none; refuses one that does not fit."""
     is_row = isinstance(grid, Iterable) and getattr(grid, "ndim", 1) == 1
-    given = () if grid is None else tuple(grid) if is_row else (grid,)
+    given: tuple[Any, ...] = () if grid is None else tuple(grid) if is_row else (grid,)
     for name, sizes in (("text_tokens", (text_tokens,)), ("grid", given)):
         if any(isinstance(size, bool) or not isinstance(size, _INTEGERS) for size in sizes):
             expected = "an integer" if name == "text_tokens" else "(frames, height, width), three integers"

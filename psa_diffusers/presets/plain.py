@@ -53,7 +53,11 @@ def quote_ranges(text: str) -> str:
         found = [
             (event.start_mark.index, event.end_mark.index)
             for event in yaml.parse(text, Loader=_PARSER)
-            if isinstance(event, yaml.ScalarEvent) and event.implicit[0] and _BASE_60.fullmatch(event.value)
+            if isinstance(event, yaml.ScalarEvent)
+            and event.implicit[0]
+            and event.start_mark is not None
+            and event.end_mark is not None
+            and _BASE_60.fullmatch(event.value)
         ]
     except yaml.YAMLError:
         return text

@@ -25,6 +25,7 @@ NO_CHOICE = {
     ("ops/reference/attend.py", "requires_grad"): "a buffer is used again where no backward pass needs its copies",
     ("ops/reference/attend.py", "is_cpu"): "which precision SDPA takes beside half precision",
     ("ops/reference/importance.py", "is_cpu"): "how much fits the caches",
+    ("lora/restore.py", "requires_grad"): "what a parameter was before a LoRA came",
     ("processors/sparse.py", "needs_grad"): "why a level map is not kept",
     ("processors/run.py", "is_cuda"): "whether a CUDA graph is being captured",
 }
