@@ -122,11 +122,11 @@ def disable_psa(pipe: Any) -> Any:
             processor = getattr(attention, "processor", None)
             if isinstance(processor, FamilyProcessor):
                 owner = None if processor.site.run.owner is None else processor.site.run.owner()
-                if owner is not None and owner is not pipe:
+                if owner is not None and owner is not pipe and _has_put(owner, attention):
                     disable_psa(owner)
                 if attention.processor is processor:
                     attention.processor = processor.original
-            elif isinstance(processor, PSAProcessor):
+            elif _is_ours(processor):
                 attention.processor = family.default_processor(denoiser, layer, attention)
     return pipe
 
@@ -141,10 +141,16 @@ def set_attn_processor(self: Any, processor: Any) -> None:
         processor: A processor, or a dict of processors by name.
 
     Raises:
-        TypeError: If the pipeline has no denoiser that takes attention processors.
+        TypeError: If it is no processor, or the pipeline has no denoiser that takes attention processors. Nothing has
+            been changed then.
     """
-    if isinstance(processor, type):
-        raise TypeError(f"set_attn_processor needs a processor, got the class: write {processor.__name__}(...)")
+    for each in processor.values() if isinstance(processor, dict) else (processor,):
+        if isinstance(each, type):
+            raise TypeError(f"set_attn_processor needs a processor, got the class: write {each.__name__}(...)")
+        if not callable(each):
+            raise TypeError(
+                f"set_attn_processor needs a processor, got {each!r}. For a preset write PSAProcessor(preset)"
+            )
     if isinstance(processor, PSAProcessor):
         enable_psa(self, processor.preset, config=processor.config, report=processor.report, **processor.overrides)
         return
@@ -186,7 +192,14 @@ def _denoisers_of(pipe: Any) -> list[tuple[str, nn.Module, Family]]:
 
 
 def _is_ours(processor: Any) -> bool:
-    return isinstance(processor, (FamilyProcessor, PSAProcessor))
+    """Whether it came from here; also the class itself, which diffusers takes where it wants an instance."""
+    return isinstance(processor, (FamilyProcessor, PSAProcessor)) or processor is PSAProcessor
+
+
+def _has_put(pipe: Any, attention: Any) -> bool:
+    """Whether a pipeline has put a processor into an attention, which somebody may have put elsewhere since."""
+    switch = state_of(pipe).switch
+    return switch is not None and any(module is attention for module, _ in switch.processors)
 
 
 def _check_free(pipe: Any, found: list[tuple[str, nn.Module, Family]], switch: Switch | None) -> None:

@@ -182,18 +182,30 @@ def modules_of(pipe: Any) -> dict[str, nn.Module]:
     return {name: part for name, part in components.items() if isinstance(part, nn.Module)}
 
 
+_INNER = (
+    "_orig_mod",
+    "base_model",
+    "model",
+    "module",
+    "_fsdp_wrapped_module",
+)  # what wrappers call the module that they wrap
+
+
 def unwrap(module: Any) -> Any:
-    """Return the module inside the wrappers of `torch.compile(module)`, peft and torch's data parallelism."""
-    while True:
-        if hasattr(module, "_orig_mod"):
-            inner = module._orig_mod
-        elif type(module).__module__.startswith("peft.") and hasattr(module, "get_base_model"):
-            inner = module.get_base_model()
-        elif isinstance(module, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
-            inner = module.module
-        else:
-            return module
+    """Return the module inside of wrappers: compiled, peft's, for several devices, or any that holds nothing else."""
+    while (inner := _inner_of(module)) is not None:
         module = inner
+    return module
+
+
+def _inner_of(module: Any) -> nn.Module | None:
+    if not isinstance(module, nn.Module):
+        return None
+    parts = module._modules
+    name = next((name for name in _INNER if parts.get(name) is not None), None)
+    holds_nothing_else = len(parts) == 1 and not module._parameters
+    is_known = name == "_orig_mod" or type(module).__module__.startswith("peft.")
+    return parts[name] if name is not None and (holds_nothing_else or is_known) else None
 
 
 class Handle:

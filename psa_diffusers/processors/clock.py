@@ -155,9 +155,10 @@ class WarmupScheduler(PipelineCallback):
         if last is None:
             self._begin()
         elif before is None or now is None or before[0] != now[0]:
-            # a number, or a copy, tells no order; a piece of other memory is of other timesteps
+            # a number, or a copy, tells no order; a piece of other memory is of other timesteps, or of a copy of them
             is_piece = now is not None and timestep.untyped_storage().nbytes() > timestep.nbytes
-            self._begin() if is_new_loop or is_piece else self._next()
+            falls_back = is_piece and (before is None or now is None or now[1] <= before[1])
+            self._begin() if is_new_loop or falls_back else self._next()
         elif now[1] > before[1]:
             self._next()
         elif now[1] < before[1] or is_new_loop:

@@ -13,8 +13,15 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from psa_diffusers.models.registry import Family, Grid
-from psa_diffusers.pipelines.host import Handle, add_hooks, in_backward, running_pipeline, wrap_checkpointing
+from psa_diffusers.models.registry import Family, Grid, find_family
+from psa_diffusers.pipelines.host import (
+    Handle,
+    add_hooks,
+    in_backward,
+    running_module,
+    running_pipeline,
+    wrap_checkpointing,
+)
 from psa_diffusers.presets import PSAPreset
 from psa_diffusers.processors.calls import Listener
 from psa_diffusers.processors.clock import WarmupScheduler
@@ -239,6 +246,8 @@ class Site:
         branch: Where the schedules of the forward are kept, None if they are not.
         dense: Why the step that is running is dense, empty if it is not.
         bound_in: The forward that was running when the site was made, if its first block may be run again.
+        is_bound: Whether that forward may be running still: it had no hooks when it began, so torch may not tell its
+            end.
     """
 
     def __init__(self, name: str, denoiser: nn.Module, family: Family, run: Run) -> None:
@@ -254,6 +263,7 @@ class Site:
         self._names = tuple(inspect.signature(type(denoiser).forward).parameters)[1:]
         self._handles: list[Handle] = []
         self.bound_in: Forward | None = None
+        self.is_bound = False
         self.is_running = False
         self.grid: Grid | None = None
         self.sizes: Tensor | None = None
@@ -288,15 +298,23 @@ class Site:
         if self.run.preset.steps:
             for processor in self._processors:
                 processor.preset = self._preset_now(processor.layer)
-        self.is_running = True
+        self.is_running, self.is_bound = True, False
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             self._remember_for_recomputation(denoiser)
 
     def bind(self, denoiser: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """Learn of a forward that has begun already: its first block was not put into a context that runs again."""
         self.before_forward(denoiser, args, kwargs)
+        self.is_bound = True
         if torch.is_grad_enabled():
             self.bound_in = self._now()
+
+    def look_for_end(self, attention: nn.Module) -> None:
+        """End the forward in which the site was made, if the denoiser of an attention that is called is not running."""
+        if torch.compiler.is_compiling():
+            return
+        if not running_module(lambda module: find_family(module) is not None and attention in set(module.modules())):
+            self._forget()
 
     def after_forward(self, *_: Any) -> None:
         """Torch's forward hook, also after an exception: nothing of this forward is left to another one."""
@@ -312,7 +330,7 @@ class Site:
         return self.run.preset.at(clock.step, clock.num_steps, place, len(self._layers))
 
     def _forget(self) -> None:
-        self.is_running = False
+        self.is_running = self.is_bound = False
         self.grid = self.sizes = self.context = self.text_lengths = self.branch = None
         self.dense = ""
 
@@ -339,13 +357,13 @@ class Site:
 
     @contextmanager
     def _as_in(self, forward: Forward) -> Iterator[None]:
-        if self.is_running:  # the forward itself
+        if self.is_running and not (self.is_bound and in_backward()):  # the forward itself
             yield
             return
         presets = [processor.preset for processor in self._processors]
         self.grid, self.context, self.text_lengths, self.branch, self.dense, then = forward
         self.sizes = None if self.grid is None else torch.tensor(self.grid)
-        self.is_running = True
+        self.is_running, self.is_bound = True, False
         try:
             for processor, preset in zip(self._processors, then, strict=False):
                 processor.preset = preset

@@ -69,6 +69,15 @@ class PSAProcessor:
     _attention_backend = None
     _parallel_config = None
 
+    def __new__(cls, *args: Any, **kwargs: Any) -> PSAProcessor:
+        """Refuse what diffusers does with a class that was set where it takes a processor: it calls it."""
+        if args and isinstance(args[0], nn.Module):
+            raise TypeError(
+                f"the class {cls.__name__} was set as an attention processor, not an instance: write "
+                f"set_attn_processor({cls.__name__}(...))"
+            )
+        return super().__new__(cls)
+
     def __init__(
         self,
         preset: str | PSAPreset | None = None,
@@ -99,6 +108,8 @@ class PSAProcessor:
         processor = self._processors.get(attn)
         if processor is None:
             processor = self._bind(attn)
+        elif (site := getattr(processor, "site", None)) is not None and site.is_bound:
+            site.look_for_end(attn)
         for name in ("_attention_backend", "_parallel_config"):
             value = getattr(self, name)
             if value is not None and getattr(processor, name, value) != value:
