@@ -1,4 +1,4 @@
-"""The clock alone. What it does inside pipelines is in test_pipelines.py."""
+"""The clock alone. What it does inside pipelines is in test_run.py."""
 
 import logging
 from types import SimpleNamespace
@@ -6,6 +6,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 from diffusers.callbacks import PipelineCallback
+from hypothesis import given
+from hypothesis import strategies as st
 
 from psa_diffusers.processors.clock import WarmupScheduler
 
@@ -119,3 +121,133 @@ def test_a_wrong_number_of_steps_is_refused(steps):
         WarmupScheduler(steps)
     with pytest.raises(ValueError, match="dense_last_steps must be"):
         WarmupScheduler(dense_last_steps=steps)
+
+
+# by the timesteps that a pipeline is at
+
+
+@st.composite
+def segments(draw):
+    """Timesteps of the segments of a call, as schedulers make them, in dtypes in which neighbours are one number."""
+    dtype = draw(st.sampled_from((torch.float32, torch.bfloat16, torch.float16, torch.int64)))
+    top = draw(st.sampled_from((999.0, 1.0, 0.004)))
+    counts = draw(st.lists(st.integers(1, 100), min_size=1, max_size=3))
+    if draw(st.booleans()):
+        return [torch.linspace(top, 0, count).to(dtype) for count in counts]
+    return [torch.linspace(top, 0, counts[0]).to(dtype)] * len(counts)  # the very tensor again
+
+
+ORDERS = st.sampled_from((1, 2))
+
+
+def hear_all(clock, timesteps, order, repeats=1):
+    """Feed the timesteps of a segment as a pipeline does that keeps the one it is at."""
+    clock.begin_loop()
+    seen = []
+    for timestep in timesteps:
+        for _ in range(repeats):
+            clock.set_length(len(timesteps), order)
+            clock.at(timestep)
+            seen.append((clock.step, clock.dense))
+    return seen
+
+
+def due(num_evaluations, order, warmup, last, repeats=1):
+    num_steps = -(-num_evaluations // order)
+    steps = [evaluation // order for evaluation in range(num_evaluations) for _ in range(repeats)]
+    return [(step, step < warmup or step >= num_steps - last) for step in steps]
+
+
+@given(segments(), ORDERS, st.integers(0, 12), st.integers(0, 12), st.integers(1, 3))
+def test_steps_are_exact_whatever_the_timesteps_are_rounded_to(segments, order, warmup, last, repeats):
+    clock = WarmupScheduler(warmup, dense_last_steps=last)
+    for timesteps in segments:
+        assert hear_all(clock, timesteps, order, repeats) == due(len(timesteps), order, warmup, last, repeats)
+
+
+@given(segments(), st.sampled_from(("copy", "complement", "number", "piece-of-a-copy")), ORDERS)
+def test_timesteps_that_are_made_anew_are_counted(segments, how, order):
+    make = {
+        "copy": lambda timesteps, i: timesteps[i].clone(),
+        "complement": lambda timesteps, i: 1000 - timesteps[i],
+        "number": lambda timesteps, i: object(),
+        "piece-of-a-copy": lambda timesteps, i: timesteps.clone()[i],
+    }[how]
+    clock = WarmupScheduler(1)
+    for timesteps in segments:
+        made = [make(timesteps, i) for i in range(len(timesteps))]
+        assert hear_all(clock, made, order) == due(len(timesteps), order, 1, 0)
+
+
+@given(st.integers(2, 60), st.data())
+def test_a_segment_is_seen_by_its_first_timestep_alone(count, data):
+    clock = WarmupScheduler(1)
+    timesteps = torch.linspace(999, 0, count)
+    stop, begin = data.draw(st.integers(1, count - 1)), data.draw(st.integers(0, count - 2))
+    for timestep in timesteps[: stop + 1]:  # no loop is announced
+        clock.at(timestep)
+    assert clock.step == stop
+    clock.at(timesteps[min(begin, stop - 1)])
+    assert (clock.step, clock.dense) == (0, True)
+
+
+@given(st.lists(st.integers(0, 40), min_size=1, max_size=30))
+def test_an_index_is_believed_and_one_that_falls_back_begins_a_segment(indices):
+    clock, rounds, last = WarmupScheduler(2), 0, None
+    for index in indices:
+        before = clock.rounds
+        clock.go_to(index)
+        assert (clock.step, clock.dense) == (index, index < 2)
+        rounds = clock.rounds - before
+        assert rounds == (last is not None and index < last)
+        last = index
+
+
+def test_a_second_step_0_is_another_segment_if_it_is_known_to_be_new():
+    clock = WarmupScheduler()
+    clock.go_to(0, is_new=True)
+    rounds = clock.rounds
+    clock.go_to(0)
+    assert clock.rounds == rounds
+    clock.go_to(0, is_new=True)
+    assert clock.rounds == rounds + 1
+
+
+@given(st.integers(1, 50), st.integers(0, 60), st.integers(0, 3), ORDERS)
+def test_callbacks_of_a_scheduler_with_two_evaluations_a_step_count_steps(num_steps, warmup, last, order):
+    clock, seen = WarmupScheduler(warmup, dense_last_steps=last), []
+    evaluations = num_steps * order - (order - 1)
+    pipe = SimpleNamespace(num_timesteps=evaluations, scheduler=SimpleNamespace(order=order))
+    clock.set_length(evaluations, order)
+    for index in range(evaluations):
+        seen.append((clock.step, clock.dense))
+        clock(pipe, index, None, {})
+    assert seen == due(evaluations, order, warmup, last)
+
+
+# a warm-up that nobody chose for this run
+
+
+@given(st.integers(1, 100), st.integers(0, 60))
+def test_a_warmup_that_follows_leaves_sparse_steps_where_it_can(num_steps, warmup):
+    clock = WarmupScheduler(warmup, follows=True)
+    clock.set_length(num_steps)
+    if warmup < num_steps:
+        assert clock.warmup == warmup
+    elif warmup < 50:
+        assert clock.warmup < num_steps or num_steps * warmup / 50 > num_steps - 1
+        assert clock.warmup == -(-num_steps * warmup // 50)
+    assert (clock.warmup == 0) == (warmup == 0)
+
+
+@pytest.mark.parametrize(("num_steps", "dense"), [(4, 2), (8, 3), (10, 3), (15, 5), (16, 15), (50, 15)])
+def test_15_of_50_steps_are_a_share_of_short_runs(num_steps, dense):
+    clock = WarmupScheduler(15, follows=True)
+    clock.set_length(num_steps)
+    assert clock.warmup == dense
+
+
+def test_a_count_that_was_chosen_for_the_run_stays():
+    clock = WarmupScheduler(15)
+    clock.set_length(10)
+    assert clock.warmup == 15
