@@ -11,11 +11,9 @@ from torch import nn
 
 from psa_diffusers.models.registry import Family, attention_paths, find_family, supported
 from psa_diffusers.pipelines.host import (
-    add_hooks,
     add_to_pipelines,
     is_running,
     modules_of,
-    refuse_impossible,
     register_for_guiders,
     unwrap,
 )
@@ -243,7 +241,6 @@ def _put_in(switch: Switch, denoiser: nn.Module, made: list[tuple[Any, FamilyPro
     site = made[0][1].site
     switch.processors += made
     switch.sites.append((denoiser, site))
-    switch.hooks += add_hooks(denoiser, refuse_impossible)
     site.attach(denoiser)
 
 
@@ -255,8 +252,6 @@ def _take_off(pipe: Any, switch: Switch) -> None:
             attention.processor = processor.original
     for _, site in switch.sites:
         site.detach()
-    for hook in switch.hooks:
-        hook.remove()
     set_state(pipe, switch=None)
     if switch.listener is not None:
         switch.listener.stop()
@@ -275,7 +270,7 @@ def _bring_up_to_date(pipe: Any) -> None:
 def _follow_modules(pipe: Any, switch: Switch) -> None:
     """Compare the denoisers by identity: take over new ones, let go of those that are no longer there."""
     now = _denoisers_of(pipe)
-    known = {id(denoiser) for denoiser, _ in switch.sites}
+    known = {id(denoiser): site for denoiser, site in switch.sites}
     present = {id(denoiser) for _, denoiser, _ in now}
     for denoiser, site in [entry for entry in switch.sites if id(entry[0]) not in present]:
         parts = set(denoiser.modules())
@@ -291,6 +286,7 @@ def _follow_modules(pipe: Any, switch: Switch) -> None:
                 logger.warning("PSA does not know the new %s, a %s: it runs dense", site.name, type(part).__name__)
     for name, denoiser, family in now:
         if id(denoiser) in known:
+            known[id(denoiser)].name = name  # experts may have changed places
             continue
         if any(_is_ours(getattr(part, "processor", None)) for part in denoiser.modules()):
             logger.warning("%s is another one since enable_psa, and has PSA of its own, which stays", name)

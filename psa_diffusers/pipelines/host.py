@@ -146,8 +146,7 @@ def running_module(
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         if frame.f_code is nn.Module._call_impl.__code__:
-            module = frame.f_locals["self"]
-            module = unwrap(module)
+            module = unwrap(frame.f_locals["self"])
             if is_wanted(module):
                 return module, frame.f_locals["args"], frame.f_locals["kwargs"]
         frame = frame.f_back
@@ -178,8 +177,7 @@ def _is_pipeline(x: Any) -> bool:
 
 def modules_of(pipe: Any) -> dict[str, nn.Module]:
     """The modules among the components of a pipeline, by name, as they are now."""
-    components = pipe.components
-    return {name: part for name, part in components.items() if isinstance(part, nn.Module)}
+    return {name: part for name, part in pipe.components.items() if isinstance(part, nn.Module)}
 
 
 _INNER = (

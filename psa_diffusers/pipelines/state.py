@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from psa_diffusers.pipelines.host import Handle, Sleeping
+from psa_diffusers.pipelines.host import Sleeping
 from psa_diffusers.processors.base import FamilyProcessor
 from psa_diffusers.processors.calls import Listener
 from psa_diffusers.processors.recorder import Recorder
@@ -25,7 +25,6 @@ class Switch:
         arguments: What `enable_psa` was called with, by name, to switch on again.
         sites: The denoisers.
         processors: Attention modules and the processors that were put into them.
-        hooks: What undoes the hooks on the denoisers.
         listener: Hears the calls of the pipeline.
     """
 
@@ -33,7 +32,6 @@ class Switch:
     arguments: dict[str, Any]
     sites: list[tuple[nn.Module, Site]] = field(default_factory=list)
     processors: list[tuple[Any, FamilyProcessor]] = field(default_factory=list)
-    hooks: list[Handle] = field(default_factory=list)
     listener: Listener | None = None
 
     @property

@@ -18,6 +18,7 @@ from psa_diffusers.pipelines.host import (
     Handle,
     add_hooks,
     in_backward,
+    refuse_impossible,
     running_module,
     running_pipeline,
     wrap_checkpointing,
@@ -274,6 +275,7 @@ class Site:
 
     def attach(self, denoiser: nn.Module) -> None:
         """Listen to the forwards of the denoiser."""
+        self._handles += add_hooks(denoiser, refuse_impossible)
         self._handles += add_hooks(denoiser, self.before_forward, self.after_forward)
 
     def detach(self) -> None:
