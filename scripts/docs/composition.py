@@ -179,7 +179,7 @@ ROWS = (
         outcome=ROUNDING,
         models=("wan2.1",),
         missing={"cogvideox": "diffusers has none"},
-        remark="No step callback: the denoiser's `timestep` drives warm-up. `pipe.set_attn_processor(...)` works too.",
+        remark="Their guider tells the step. `pipe.set_attn_processor(...)` works too.",
     ),
     Row(
         "skip_layer_guidance",

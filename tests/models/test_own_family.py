@@ -1,5 +1,6 @@
 """A family from outside the package: the example of docs/developer/adding_a_model.md, on a denoiser written here."""
 
+import dataclasses
 import re
 from pathlib import Path
 from types import SimpleNamespace
@@ -159,3 +160,26 @@ def test_a_class_that_is_taken_is_refused_and_nothing_is_registered(example):
     with pytest.raises(ValueError, match="VideoTransformer already belongs to the family 'VideoTransformer'"):
         psa_diffusers.register_family(family)
     assert before == registry._FAMILIES
+
+
+class CallingProcessor(psa_diffusers.FamilyProcessor):
+    """With a call of its own, in place of what the base does."""
+
+    def __call__(self, attn, hidden_states, attention_mask=None):
+        reason = self.why_dense(attn, hidden_states, attention_mask)
+        if reason:
+            return self.dense(reason, hidden_states.shape[1], attn, hidden_states, attention_mask)
+        projections = (attn.to_q, attn.to_k, attn.to_v)
+        q, k, v = (to(hidden_states).unflatten(2, (attn.heads, -1)).transpose(1, 2) for to in projections)
+        return attn.to_out(self.sparse(q, k, v).transpose(1, 2).flatten(2))
+
+
+def test_a_family_may_bring_a_call_of_its_own(example):
+    by_arguments = enable_psa(build(), report=True, **{**TINY_PRESET, "warmup_steps": 1})
+    expected, records = by_arguments(3), psa_report(by_arguments).records
+    family = registry.family_of(by_arguments.transformer)
+    registry._FAMILIES.clear()
+    psa_diffusers.register_family(dataclasses.replace(family, processor=CallingProcessor))
+    pipe = enable_psa(build(), report=True, **{**TINY_PRESET, "warmup_steps": 1})
+    assert torch.equal(pipe(3), expected)
+    assert psa_report(pipe).records == records
