@@ -267,3 +267,22 @@ def test_the_table_of_presets_is_the_data():
             measured.append(tuple(cells))
     text = (ROOT / "docs/developer/miniature.md").read_text(encoding="utf-8")
     assert table_rows(text.partition("### Presets")[2].partition("\n#")[0])[1:] == measured
+
+
+def test_the_seconds_of_whole_videos_are_those_of_the_measurements():
+    lines = (ROOT / "docs/benchmarks/whole_video.jsonl").read_text(encoding="utf-8").splitlines()
+    measured = {}
+    for line in map(json.loads, lines):
+        measured.setdefault((line["model"].split("-")[0], line["height"], line["setting"]), {})[line["preset"]] = line
+    page = (ROOT / "docs/speed.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (\S+?)-\S+, (\d+)p, \d+ frames \| (?:blocks )?(\w+) \| (.*) \|$", page, re.MULTILINE)
+    shown = {}
+    for line in measured.values():
+        dense = line["dense"]
+        shown[dense["seconds"]] = [
+            f"{line[p]['seconds']:.1f} s, {line[p]['speedup']:.2f}×" for p in ("psa_cover", "psa_fast")
+        ]
+    assert len(rows) == len(measured)
+    for *_, cells in rows:
+        dense, *sparse = cells.split(" | ")
+        assert sparse in [found for seconds, found in shown.items() if dense == f"{seconds:.1f} s"]
