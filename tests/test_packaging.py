@@ -125,7 +125,7 @@ def test_import_prints_nothing_and_changes_nothing(tmp_path):
 
 
 def test_import_costs_little_beyond_torch_and_diffusers(tmp_path):
-    # CPU time, and a share of theirs: how fast the machine is, and what else runs on it, must not count
+    # CPU time, and beside theirs: how fast the machine is, and what else runs on it, must not count
     code = (
         "import time\n"
         "start = time.process_time()\n"
@@ -133,14 +133,13 @@ def test_import_costs_little_beyond_torch_and_diffusers(tmp_path):
         "theirs = time.process_time()\n"
         "import psa_diffusers\n"
         "ours = time.process_time()\n"
-        "print(ours - theirs, (ours - theirs) / (theirs - start))"
+        "print(ours - theirs, theirs - start)"
     )
-    # the best of some: with its caches full of other work even CPU time is longer
-    seconds, share = zip(
-        *(map(float, run_python(code, cwd=tmp_path, path=ROOT)[0].split()) for _ in range(3)), strict=True
-    )
-    assert min(share) < 0.1
-    assert min(seconds) <= 0.3
+    runs = [tuple(map(float, run_python(code, cwd=tmp_path, path=ROOT)[0].split())) for _ in range(3)]
+    ours, theirs = min(runs)
+    assert ours < 0.1 * theirs
+    # 0.3 seconds where theirs take up to 3, and as much longer as theirs take on a slower machine
+    assert ours <= 0.3 * max(1, theirs / 3)
 
 
 def test_no_import_finder_is_left_when_the_pipelines_are_loaded(tmp_path):
