@@ -28,7 +28,7 @@ ON_DIFFUSERS := tests/models tests/pipelines tests/processors tests/lora tests/c
 EXTRAS := torchao bitsandbytes cache-dit
 EXTRAS_DIR := $(VENV)/extras
 
-.PHONY: install demo check lint types docs test test-oldest test-extras fuzz bench clean
+.PHONY: install demo check lint types docs test test-oldest test-extras fuzz bench bench-video clean
 
 install: $(STAMP)
 
@@ -52,7 +52,7 @@ test-oldest: install
 	test -d $(OTHER) || $(BIN)/python -m pip install --quiet -c constraints.txt --target $(OTHER).part 'httpx<1'
 	test -d $(OTHER) || $(BIN)/python -m pip install --quiet --target $(OTHER).part --no-deps diffusers==$(DIFFUSERS)
 	test -d $(OTHER) || mv $(OTHER).part $(OTHER)
-	PYTHONPATH=$(CURDIR)/$(OTHER) $(PYTEST) -m "not interpreter" $(ON_DIFFUSERS)
+	PYTHONPATH=$(CURDIR)/$(OTHER) $(PYTEST) -m "not interpreter and not fuzz" $(ON_DIFFUSERS)
 
 test-extras: $(EXTRAS_DIR)/.installed
 	PYTHONPATH=$(CURDIR)/$(EXTRAS_DIR) $(PYTEST) tests/pipelines -k "torchao or bitsandbytes or cache_dit"
@@ -69,6 +69,9 @@ fuzz: install
 
 bench: install
 	$(BIN)/python -m scripts.benchmarks.attention
+
+bench-video: install
+	$(BIN)/python -m scripts.benchmarks.video --settings eager compiled
 
 check: lint types docs
 
