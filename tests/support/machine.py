@@ -22,7 +22,7 @@ import pytest
 import torch
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
-from machine_pipelines import KINDS, LAYERS, WRONG, Choice, Kind, add_adapter, reference
+from machine_pipelines import KINDS, WRONG, Choice, Kind, add_adapter, reference
 from watch import Watch
 
 from psa_diffusers.pipelines import host
@@ -115,9 +115,7 @@ class Machine(RuleBasedStateMachine):
     def set_on_pipeline(self, which: int, number: int) -> None:
         pipe, choice = self._pipe(which), self._choice(number)
         processor = PSAProcessor(**choice.arguments)
-        self._do(
-            "enable", lambda: pipe.real.set_attn_processor(processor), lambda: self.world.enable(pipe, choice)
-        )
+        self._do("enable", lambda: pipe.real.set_attn_processor(processor), lambda: self.world.enable(pipe, choice))
 
     @rule(which=_which)
     def set_default(self, which: int) -> None:
@@ -481,9 +479,7 @@ class Machine(RuleBasedStateMachine):
             ]
             assert found == [(*rest, kept and with_kept) for *rest, kept in switch.records]
 
-    def _check_latents(
-        self, pipe: model.Pipeline, latents: Any, steps: int, guided: bool, is_sparse: bool
-    ) -> None:
+    def _check_latents(self, pipe: model.Pipeline, latents: Any, steps: int, guided: bool, is_sparse: bool) -> None:
         """Compare with pipelines that nothing has happened to: without PSA to the bit, with it likewise."""
         parts = list(pipe.parts.values())
         weights = tuple((part.seed, part.has_adapter) for part in parts)

@@ -151,9 +151,7 @@ class World:
         parts: dict[str, Switch | None] = {}
         for name, part in pipe.parts.items():
             if part.switch is not None and part.switch.is_standalone:
-                parts[name] = switches.setdefault(
-                    id(part.switch), Switch(part.switch.choice, is_standalone=True)
-                )
+                parts[name] = switches.setdefault(id(part.switch), Switch(part.switch.choice, is_standalone=True))
             else:
                 parts[name] = own
         return own, parts
@@ -178,9 +176,7 @@ class World:
             if denoiser.switch is None and denoiser.left is not switch:
                 denoiser.switch = switch
 
-    def forwards(
-        self, pipe: Pipeline, num_steps: int, passes: int, parts: list[str]
-    ) -> Iterator[Forward]:
+    def forwards(self, pipe: Pipeline, num_steps: int, passes: int, parts: list[str]) -> Iterator[Forward]:
         """The forwards of a call one by one, each as the switches are when its step begins.
 
         Args:
@@ -234,7 +230,9 @@ class World:
         switches = [denoiser.switch for denoiser in self.denoisers]
         switches += [past for denoiser in self.denoisers for past in denoiser.past]
         switches += [other.switch for other in self.pipelines]
-        return [switch for switch in switches if switch is not None and (pipe in switch.listens or pipe.switch is switch)]
+        return [
+            switch for switch in switches if switch is not None and (pipe in switch.listens or pipe.switch is switch)
+        ]
 
     def _take_off(self, pipe: Pipeline) -> None:
         switch, pipe.switch = pipe.switch, None

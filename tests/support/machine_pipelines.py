@@ -164,7 +164,7 @@ WRONG: tuple[Mapping[str, Any], ...] = (
 )
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def reference(
     kind: Kind, cls: str, weights: tuple[tuple[int, bool], ...], choice: Choice | None, steps: int, guided: bool
 ) -> torch.Tensor:
@@ -196,13 +196,13 @@ def add_adapter(kind: Kind, denoiser: Any) -> None:
 # what costs time is made once
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _denoiser(kind: Kind, seed: int) -> torch.nn.Module:
     first = _assembled(kind)[0].transformer
     return seeded(type(first).from_config, first.config, seed=seed)
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _assembled(kind: Kind) -> tuple[Any, dict[str, Any], dict[str, Any]]:
     """The pipeline with its text encoder, the inputs of a call without it, and those of a forward."""
     case = ALL_CASES[kind.case]
