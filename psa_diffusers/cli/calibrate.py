@@ -11,11 +11,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
 from psa_diffusers.calibration import calibrate
+from psa_diffusers.calibration.places import check_place
+from psa_diffusers.calibration.target import check_request
 from psa_diffusers.cli.opening import add_call_options, open_model, read_prompts
 
 __all__ = ["main", "parse"]
@@ -28,28 +31,30 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: Arguments; None takes those of the process.
 
     Returns:
-        The exit status.
+        The exit status: 0, 2 after a message about what was asked for or cannot be, 130 after an interruption.
     """
     args = parse(argv)
-    pipe, call = open_model(args.model, args)
-    found = calibrate(
-        pipe,
-        read_prompts(args, args.model),
-        target_error=args.target_error,
-        target_density=args.target_density,
-        path=args.path,
-        name=args.name,
-        preset=args.preset,
-        parts=args.parts,
-        max_heads=args.max_heads,
-        seed=args.seed,
-        **call,
-    )
-    print(found.summary())
-    if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        with args.json.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"model": args.model, **asdict(found), "path": found.path.name}) + "\n")
+    targets = {"target_error": args.target_error, "target_density": args.target_density}
+    own = {"path": args.path, "name": args.name, "parts": args.parts, "max_heads": args.max_heads, "seed": args.seed}
+    try:
+        # before the model is loaded, which takes minutes
+        check_request(**targets, **own)
+        if args.json:
+            check_place(args.json)
+        prompts = read_prompts(args, args.model)
+        pipe, call = open_model(args.model, args)
+        found = calibrate(pipe, prompts, preset=args.preset, **targets, **own, **call)
+        print(found.summary())
+        if args.json:
+            line = {"model": args.model, **asdict(found), "path": found.path.name}
+            with args.json.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(line, allow_nan=False) + "\n")
+    except (ValueError, TypeError, OSError, ImportError, RuntimeError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted: the same command goes on with what was measured", file=sys.stderr)
+        return 130
     return 0
 
 
