@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 import weakref
 from collections.abc import Mapping
@@ -94,6 +95,9 @@ class PSAProcessor:
         self._runs: dict[PSAPreset, Run] = {}
         self._processors: weakref.WeakKeyDictionary[nn.Module, Any] = weakref.WeakKeyDictionary()
         self._num_denoisers = 0
+
+    # help() and inspect ask __new__ first
+    __new__.__signature__ = inspect.signature(__init__)  # type: ignore[attr-defined]
 
     def __reduce__(self) -> tuple[Any, ...]:
         """A copy serves the copied denoiser, by a clock and records of its own."""
