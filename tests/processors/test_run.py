@@ -47,7 +47,7 @@ def test_every_scheduler_counts_steps(name):
     pipe = CASES["wan2.1"].build().to(torch.bfloat16)
     pipe.scheduler = getattr(diffusers, scheduler)(**options)
     enable(pipe, **BOTH_ENDS)
-    for steps in (1, 4, 9):
+    for steps in (1, 5):
         CASES["wan2.1"].run(pipe, steps=steps, grid=SMALL, guidance=1.0)
         num_forwards = len(pipe.scheduler.timesteps)
         assert forwards_told(pipe) == forwards_due(steps, 2, last=1, each=pipe.scheduler.order)[:num_forwards]
@@ -97,15 +97,13 @@ def test_a_run_that_begins_in_the_middle_has_a_warmup_of_its_own(scheduler):
     [
         pytest.param("framepack", {"num_frames": 24}, id="framepack-sections"),
         pytest.param("helios", {"num_frames": 24}, id="helios-chunks"),
-        pytest.param("wan-animate", {"segment_frame_length": 5, "grid": (4, 6, 7)}, id="animate-segments"),
-        pytest.param("skyreels-forcing", {"base_num_frames": 9, "overlap_history": 5, "grid": (5, 2, 2)}, id="windows"),
         pytest.param("ltx-long", {"num_frames": 57, "temporal_tile_size": 24, "temporal_overlap": 8}, id="ltx-windows"),
     ],
 )
 def test_every_segment_begins_at_step_0(name, inputs):
     case = {**ALL_CASES, **OTHER_CASES}.get(name) or pytest.skip("this diffusers has no such pipeline")
     pipe = enable(case.build(), warmup_steps=1, report=True)
-    case.run(pipe, steps=3, guidance=1.0, **inputs)
+    case.run(pipe, steps=2, guidance=1.0, **inputs)
     told = forwards_told(pipe)
     segments = [index for index, (step, _) in enumerate(told) if step == 0]
     assert len(segments) > 1
@@ -115,7 +113,7 @@ def test_every_segment_begins_at_step_0(name, inputs):
 
 
 @quiet
-@pytest.mark.parametrize("stages", [[3, 3], [4, 2], [1, 1]], ids=str)
+@pytest.mark.parametrize("stages", [[4, 2], [1, 1]], ids=str)
 def test_every_stage_of_a_pyramid_has_its_share_of_the_warmup(stages, tmp_path):
     case = OTHER_CASES.get("helios-pyramid") or pytest.skip("this diffusers has no such pipeline")
     config = tmp_path / "mine.yaml"
@@ -205,7 +203,7 @@ def gradients(denoiser, forwards, *, together=True):
     return torch.cat([each.grad.flatten() for each in denoiser.parameters() if each.grad is not None])
 
 
-SIZES = [((2, 8, 6), 900.0), ((2, 6, 8), 500.0), ((3, 4, 4), 500.0), ((2, 8, 6), 100.0)]
+SIZES = [((2, 8, 6), 900.0), ((2, 6, 8), 500.0), ((2, 8, 6), 100.0)]
 
 
 @both_ways
