@@ -119,7 +119,8 @@ def read_lines(journal: bytes, data: IO[bytes]) -> list[Line]:
             line = decode_line(text)
         except ValueError:
             break
-        position = lines[-1].end if lines else line.room
+        # where all tensors moved, the header has all the room before them
+        position = max(lines[-1].end, line.room) if lines else line.room
         for span in line.spans.values():
             if span.start != position or not _is_whole(span, data):
                 return lines

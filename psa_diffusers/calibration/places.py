@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import IO
 
@@ -33,17 +34,21 @@ def check_place(path: Path) -> None:
         raise OSError(
             error.errno, f"cannot make the folder {path.parent}: {error.strerror}; give another path"
         ) from error
-    if path.exists() and not os.access(path, os.W_OK):
-        raise PermissionError(errno.EACCES, f"{path} is write-protected: give another path, or remove it")
-    probe = path.with_name(path.name + ".probe")
+    try:
+        if path.exists():
+            path.open("r+b").close()
+    except PermissionError as error:
+        raise PermissionError(error.errno, f"{path} is write-protected: give another path, or remove it") from error
+    # as long as the longest name that is put beside a file
+    probe = path.with_name(path.name + ".measured.probe")
     try:
         with probe.open("wb", buffering=0) as file:
             file.write(bytes(4096))
     except OSError as error:
         raise OSError(error.errno, f"cannot write in {path.parent}: {error.strerror}; give another path") from error
     finally:
-        if os.access(path.parent, os.W_OK | os.X_OK):
-            probe.unlink(missing_ok=True)
+        with suppress(OSError):
+            probe.unlink()
 
 
 def free_name(path: Path, word: str) -> Path:

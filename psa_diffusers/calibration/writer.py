@@ -197,10 +197,13 @@ class SafetensorsWriter:
             target = max(needed, min(2 * self._room, _LARGEST_HEADER * 9 // 10))
             spans = places(line for line, _ in self._log)
             front = {key: span for key, span in spans.items() if span.start < target}
-            room = min((span.start for key, span in spans.items() if key not in front), default=self._end)
+            position, moved = self._end, {}
+            room = min((span.start for key, span in spans.items() if key not in front), default=max(position, target))
             if room > _LARGEST_HEADER:
                 raise HeaderFullError
-            position, moved = self._end, {}
+            if room > position:
+                _write_at(self._data, position, bytes(room - position))
+                position = room
             for key, span in front.items():
                 for offset in range(0, span.end - span.start, _CHUNK):
                     self._data.seek(span.start + offset)
