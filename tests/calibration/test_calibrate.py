@@ -10,9 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from small_disk import largest_file
 from tiny import CASES
 
 from psa_diffusers import calibrate, enable_psa, load_preset, psa_report
+from psa_diffusers.calibration.assemble import write_preset
 from psa_diffusers.calibration.ladder import DENSITIES, ladder_ratios
 from psa_diffusers.calibration.search import Cell, choose, mean
 from psa_diffusers.pipelines.enable import find_denoisers
@@ -257,3 +259,81 @@ def test_the_script_writes_the_preset_and_what_was_found(tmp_path):
     assert all(0 < line["predicted_density"] <= line["target_density"] for line in found)
     assert all(line["measured_density"] is not None for line in found), "the last prompt was held out"
     assert load_preset(found[-1]["section"], "calibrated", config=tmp_path / "made.yaml").type == "psa"
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"target_error": None}, ValueError, "got neither; for example target_error=0.1"),
+        ({"target_density": 0.1}, ValueError, "got both"),
+        ({"target_error": "0.1"}, ValueError, r"target_error must lie in \(0, 1\], got '0.1'"),
+        ({"target_error": float("nan")}, ValueError, "must lie in"),
+        ({"target_error": True}, ValueError, "must lie in"),
+        ({"prompts": ["a cat", 3]}, ValueError, r"prompts\[1\] must be a text"),
+        ({"prompts": []}, ValueError, "prompts must be a list of at least one prompt, got 0"),
+        ({"held_out": "two boats"}, ValueError, r"held_out must be a list of prompts, got one text: write \['two"),
+        ({"held_out": [["a cat"]]}, ValueError, r"held_out\[0\] must be a text"),
+        ({"parts": 0}, ValueError, "parts must be a whole number from 1, got 0"),
+        ({"parts": 2.5}, ValueError, "parts must be a whole number"),
+        ({"max_heads": -1}, ValueError, "max_heads must be a whole number"),
+        ({"seed": "7"}, ValueError, "seed must be a whole number"),
+        ({"name": " "}, ValueError, "name must be the name of a preset"),
+        ({"path": "."}, IsADirectoryError, "is a folder: give the path of a file"),
+        ({"prompt": "a cat"}, TypeError, "leave out prompt="),
+        ({"num_inference_step": 4}, TypeError, "no argument 'num_inference_step'.*Did you mean 'num_inference_steps'"),
+    ],
+)
+def test_a_slip_is_told_before_anything_runs_or_is_written(
+    change, error, message, tmp_path, monkeypatch, pipe_that_ran
+):
+    monkeypatch.chdir(tmp_path)
+    pipe, runs = pipe_that_ran
+    with pytest.raises(error, match=message):
+        run("wan2.1", tmp_path, pipe, **{"target_error": 0.2, **change})
+    assert runs == []
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture(scope="module")
+def pipe_that_ran():
+    """A pipeline, and the prompts that it was called with."""
+    pipe = sharp("wan2.1")
+    return pipe, count_runs(pipe)
+
+
+def test_measurements_of_something_else_are_set_aside_and_named(tmp_path, caplog):
+    pipe = sharp("wan2.1")
+    runs = count_runs(pipe)
+    measured = tmp_path / "made.yaml.measured.jsonl"
+    whole = run("wan2.1", tmp_path, pipe, target_error=0.3, held_out=[], prompts=PROMPTS[:1])
+    lines = measured.read_text().splitlines()
+    runs.clear()
+    # a line is lost, though every other one is as it was
+    measured.write_text("\n".join([*lines[:3], *lines[4:]]) + "\n")
+    again = run("wan2.1", tmp_path, pipe, target_error=0.3, held_out=[], prompts=PROMPTS[:1])
+    assert runs == PROMPTS[:1]
+    assert again == whole
+    assert measured.read_text().splitlines() == lines
+    aside = tmp_path / "made.yaml.measured.old.jsonl"
+    assert len(aside.read_text().splitlines()) == len(lines) - 1
+    assert f"{measured} does not fit, line {len(lines) - 1}: calls of prompt 0 are missing" in caplog.text
+    assert aside.name in caplog.text
+
+
+def test_values_that_are_not_finite_are_no_measurement(tmp_path):
+    pipe = sharp("wan2.1")
+    with torch.no_grad():
+        pipe.transformer.blocks[1].attn1.to_v.weight[0, 0] = float("nan")
+    with pytest.raises(RuntimeError, match=r"dense attention is not finite in step 1, layer \d of transformer; likely"):
+        run("wan2.1", tmp_path, pipe, target_error=0.3)
+    assert not (tmp_path / "made.yaml").exists()
+    assert all(module._forward_pre_hooks == {} for module in pipe.transformer.modules())
+
+
+def test_an_earlier_preset_stays_when_the_new_one_cannot_be_written(tmp_path):
+    path = tmp_path / "made.yaml"
+    run("wan2.1", tmp_path, target_error=0.3, held_out=[], prompts=PROMPTS[:1], parts=1)
+    before = path.read_bytes()
+    with largest_file(200), pytest.raises(OSError, match="too large"):
+        write_preset(path, "Wan2.1_1.3b", BASE.replace(name="other"), description="", comment="x" * 1000)
+    assert path.read_bytes() == before

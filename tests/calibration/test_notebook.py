@@ -156,7 +156,7 @@ def test_a_full_disk_leaves_whole_lines(tmp_path):
 
 
 @pytest.mark.fuzz
-@cases(suite=150, fuzz=100_000)
+@cases(suite=60, fuzz=20_000)
 @given(data=st.data())
 def test_whatever_stands_in_the_file_all_of_it_fits_or_nothing_is_used(tmp_path_factory, data):
     path = tmp_path_factory.mktemp("notes") / "m.jsonl"

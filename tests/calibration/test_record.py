@@ -1,6 +1,12 @@
 """record_qkv on small real pipelines: what is in the file is what the attention was given, and nothing else changes."""
 
+import itertools
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
 import warnings
 
 import pytest
@@ -8,9 +14,11 @@ import torch
 import torch.nn.functional as F
 from guests import one_of_each
 from safetensors import safe_open
+from small_disk import largest_file
 from tiny import ALL_CASES, CASES, TEXT_TOKENS, TINY_PRESET
 
 from psa_diffusers import disable_psa, enable_psa, record_qkv
+from psa_diffusers.calibration import recover_recording, writer
 from psa_diffusers.pipelines.enable import find_denoisers
 
 pytestmark = pytest.mark.usefixtures("no_gradients")
@@ -203,6 +211,8 @@ def test_after_an_exception_everything_is_back_and_the_file_is_there(name, tmp_p
         CASES[name].run(pipe, callback_on_step_end=stop)
     assert hooks_of(pipe) == []
     assert {record["step"] for record in read(tmp_path / "qkv.safetensors")[0]} == {0, 1}
+    with safe_open(tmp_path / "qkv.safetensors", "pt") as file:
+        assert file.metadata()["complete"] == "false"
     with pytest.raises(Stop), record_qkv(pipe, tmp_path / "none.safetensors"):
         raise Stop
     assert [path.name for path in tmp_path.iterdir()] == ["qkv.safetensors"]
@@ -240,3 +250,166 @@ def test_a_compiled_denoiser_is_heard(name, tmp_path):
     with record_qkv(pipe, tmp_path / "qkv.safetensors"):
         case.run(pipe, steps=1)
     assert len(read(tmp_path / "qkv.safetensors")[0]) == 2 * case.passes
+
+
+def test_places_that_cannot_be_are_refused_before_the_pipeline_runs(tmp_path):
+    pipe, ran = CASES["wan2.1"].build(), []
+    (tmp_path / "file").touch()
+    for path, error in [(tmp_path, IsADirectoryError), (tmp_path / "file" / "qkv.safetensors", NotADirectoryError)]:
+        with pytest.raises(error, match="give "), record_qkv(pipe, path):
+            ran.append(path)
+    with (
+        largest_file(10_000),
+        pytest.raises(OSError, match=r"qkv\.safetensors.*too large"),
+        record_qkv(pipe, tmp_path / "qkv.safetensors"),
+    ):
+        ran.append(1)
+    with record_qkv(pipe, tmp_path / "new" / "folder" / "qkv.safetensors", steps=0):
+        with (
+            pytest.raises(OSError, match="another process, or another call"),
+            record_qkv(pipe, tmp_path / "new" / "folder" / "qkv.safetensors"),
+        ):
+            ran.append(2)
+        CASES["wan2.1"].run(pipe, steps=1)
+    assert ran == []
+    assert hooks_of(pipe) == []
+    assert len(read(tmp_path / "new" / "folder" / "qkv.safetensors")[0]) == 4
+    assert {path.name for path in tmp_path.iterdir()} == {"file", "new"}
+
+
+@pytest.mark.parametrize("after", [0, 1, 3])
+def test_a_disk_that_fills_up_keeps_the_calls_before(after, tmp_path):
+    pipe, case, path = CASES["cogvideox"].build(), CASES["cogvideox"], tmp_path / "qkv.safetensors"
+    with record_qkv(pipe, path) as whole:
+        case.run(pipe, steps=2)
+    records, tensors = read(path)
+    size = whole.num_bytes // len(records)
+    # all of the limit but for what a further call needs
+    with (
+        pytest.raises(OSError, match=rf"cannot write .*the file has the {after} calls before. Make room"),
+        record_qkv(pipe, path) as part,
+        largest_file(2**16 + int((after + 0.6) * size)),
+    ):
+        case.run(pipe, steps=2)
+    assert not part.complete
+    assert hooks_of(pipe) == []
+    kept, kept_tensors = read(path)
+    # without any call the earlier file stays
+    assert kept == (records[:after] if after else records)
+    assert all(torch.equal(x, tensors[key]) for key, x in kept_tensors.items())
+    assert [each.name for each in tmp_path.iterdir()] == ["qkv.safetensors"]
+
+
+def test_ctrl_c_in_the_middle_of_a_write_keeps_the_calls_before(tmp_path, monkeypatch):
+    pipe, path = CASES["wan2.1"].build(), tmp_path / "qkv.safetensors"
+    write, count = writer._write_at, itertools.count()
+
+    def interrupted(file, position, data):
+        if next(count) == 8:
+            write(file, position, bytes(data)[:1000])
+            raise KeyboardInterrupt
+        write(file, position, data)
+
+    monkeypatch.setattr(writer, "_write_at", interrupted)
+    with pytest.raises(KeyboardInterrupt), record_qkv(pipe, path):
+        CASES["wan2.1"].run(pipe, steps=2)
+    records, tensors = read(path)
+    assert len(tensors) == 3 * len(records) == 3
+
+
+KILLED = """
+import sys, torch
+from tiny import CASES
+from psa_diffusers import record_qkv
+pipe, case = CASES["wan2.1"].build(), CASES["wan2.1"]
+with torch.no_grad(), record_qkv(pipe, sys.argv[1], heads=0):
+    print("ready", flush=True)
+    while True:
+        case.run(pipe, steps=3)
+"""
+
+
+def test_a_killed_recording_is_kept_beside_the_next_one(tmp_path, caplog):
+    pipe, case, path = CASES["wan2.1"].build(), CASES["wan2.1"], tmp_path / "qkv.safetensors"
+    with record_qkv(pipe, path, heads=0):
+        case.run(pipe, steps=3)
+    records, tensors = read(path)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OMP_NUM_THREADS": "1"}
+    child = subprocess.Popen([sys.executable, "-W", "ignore", "-c", KILLED, path], env=environment, stdout=-1)
+    assert child.stdout.readline() == b"ready\n"
+    journal = path.with_name("qkv.safetensors.part.jsonl")
+    while journal.read_bytes().count(b"\n") < 5:
+        assert child.poll() is None
+        time.sleep(0.01)
+    child.send_signal(signal.SIGKILL)
+    child.communicate()
+    assert read(path)[0] == records, "the earlier file"
+
+    with record_qkv(pipe, path, steps=0):
+        case.run(pipe, steps=3)
+    beside = tmp_path / "qkv.interrupted.safetensors"
+    assert f"its calls are in {beside}" in caplog.text
+    killed, killed_tensors = read(beside)
+    assert len(killed) >= 5
+    first = [record for record in killed if record["call"] == 0]
+    assert first == records[: len(first)]
+    assert all(torch.equal(killed_tensors[r["key"] + part], tensors[r["key"] + part]) for r in first for part in "qkv")
+    assert {record["step"] for record in read(path)[0]} == {0}
+    with pytest.raises(FileNotFoundError, match="no interrupted recording"):
+        recover_recording(path)
+
+
+@pytest.mark.parametrize(
+    ("where", "says"),
+    [
+        ({"steps": "0,9"}, "steps='0,9' matches nothing at 9: there are 4 steps, 0 to 3"),
+        ({"steps": [0, 2, 7, 8]}, "steps='0,2,7,8' matches nothing at 7 and 8: there are 4 steps, 0 to 3"),
+        ({"steps": 0, "layers": "0,-3"}, "layers='0,-3' matches nothing at -3: there are 2 layers, 0 to 1"),
+        ({"steps": 0, "heads": "1:,5:9"}, "heads='1:,5:9' matches nothing at 5:9: there are 2 heads, 0 to 1"),
+        ({"steps": "0:10", "layers": 0}, None),
+    ],
+)
+def test_places_that_a_run_does_not_have_are_told_once(where, says, tmp_path, caplog):
+    pipe, ran = CASES["cogvideox"].build(), []
+    with record_qkv(pipe, tmp_path / "qkv.safetensors", **where):
+        for _ in range(2):
+            CASES["cogvideox"].run(pipe, callback_on_step_end=lambda p, i, t, k: ran.append(caplog.text) or k)
+    told = [line for line in caplog.messages if "matches nothing" in line]
+    assert told == ([f"record_qkv: {says}"] if says else [])
+    assert all(says in text for text in ran if says), "in the first step already"
+
+
+def test_heads_that_match_nothing_are_in_the_error(tmp_path):
+    pipe = CASES["cogvideox"].build()
+    with (
+        pytest.raises(RuntimeError, match=r"no call matched .*'heads': '7'"),
+        record_qkv(pipe, tmp_path / "q", heads=7),
+    ):
+        CASES["cogvideox"].run(pipe, steps=1)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_values_that_are_not_finite_are_recorded_and_told_once(value, tmp_path, caplog):
+    pipe = CASES["cogvideox"].build()
+    with record_qkv(pipe, tmp_path / "fine.safetensors", steps=0) as fine:
+        CASES["cogvideox"].run(pipe, steps=1)
+    assert all(record["finite"] for record in fine.records)
+    assert "not finite" not in caplog.text
+    pipe.transformer.transformer_blocks[1].attn1.to_q.weight[0, 0] = value
+    with record_qkv(pipe, tmp_path / "qkv.safetensors"):
+        CASES["cogvideox"].run(pipe, steps=2)
+    records, tensors = read(tmp_path / "qkv.safetensors")
+    assert [record["finite"] for record in records] == [True, False, False, False]
+    for record in records:
+        assert record["finite"] == all(bool(tensors[record["key"] + part].isfinite().all()) for part in "qkv")
+    [told] = [line for line in caplog.messages if "not finite" in line]
+    assert "step 0, layer 1 of transformer" in told
+
+
+@pytest.mark.parametrize("value", [-1, float("nan"), "4", None, True])
+def test_a_size_that_is_none_is_refused(value, tmp_path):
+    with (
+        pytest.raises(ValueError, match="max_gib must be positive"),
+        record_qkv(CASES["cogvideox"].build(), tmp_path / "q", max_gib=value),
+    ):
+        pass

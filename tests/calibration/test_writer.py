@@ -213,7 +213,7 @@ def test_what_a_killed_process_has_recorded_is_recovered(tmp_path):
     path = tmp_path / "x.safetensors"
     write(path, 2).finish({})
     moments, counts = random.Random(0), []
-    for _ in range(12):
+    for _ in range(8):
         kill_a_writer(path, moments.uniform(0.02, 0.15))
         assert_holds(path, 2)
         lines = path.with_name("x.safetensors.part.jsonl").read_bytes().count(b"\n")
@@ -226,7 +226,7 @@ def test_what_a_killed_process_has_recorded_is_recovered(tmp_path):
         counts.append(len(records))
         assert lines - 12 <= len(records) <= lines, "every line but those of tensors that moved"
         found.unlink()
-    assert len(counts) > 6
+    assert len(counts) > 4
     assert max(counts) > 3
     assert not path.with_name("x.safetensors.part").exists()
 
@@ -242,7 +242,7 @@ def test_recovered_files_take_names_that_are_free(tmp_path):
 
 
 @pytest.mark.fuzz
-@cases(suite=40, fuzz=20_000)
+@cases(suite=25, fuzz=10_000)
 @given(data=st.data())
 def test_whatever_is_left_of_an_interrupted_recording_only_whole_records_are_recovered(tmp_path_factory, data):
     """Bytes lost, changed, doubled or foreign in either file: the first records, to the bit, or a ValueError."""
