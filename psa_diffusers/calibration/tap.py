@@ -107,7 +107,8 @@ class Tape:
 
     Attributes:
         run: What the processors of the taps share. It decides nothing: they never attend.
-        clock: The running step, read from the timesteps of the denoisers.
+        clock: The running step: that of the run, which the pipeline tells, or read from the timesteps of the denoisers
+            where no pipeline does.
         timestep: What the denoiser that runs was given.
         calls: Calls of the pipeline so far.
         forwards: Forwards by (call of the pipeline, step, denoiser).
@@ -119,7 +120,9 @@ class Tape:
         self.is_wanted = is_wanted
         self.sink = sink
         self.run = Run(PSAPreset(), "recording", report=False)
-        self.clock = WarmupScheduler()
+        self._observing = WarmupScheduler()
+        self.clock = self._observing
+        self._rounds = 0
         self.timestep = 0.0
         self.calls = 0
         self.forwards: Counter[tuple[int, int, str]] = Counter()
@@ -133,9 +136,16 @@ class Tape:
             timestep: What it is given as `timestep`.
             rises: Whether that rises from step to step; the clock wants it to fall.
         """
-        self.clock.set_length(getattr(self.pipe, "num_timesteps", None))
         self.timestep = float(timestep.max() if hasattr(timestep, "max") else timestep)
-        self.calls += self.clock.observe(-timestep if rises else timestep)
+        if self.run.clock.is_told:
+            # half precision may round two timesteps to one value; the pipeline knows them apart
+            self.clock = self.run.clock
+            self.calls += self.clock.rounds != self._rounds
+            self._rounds = self.clock.rounds
+        else:
+            self.clock = self._observing
+            self.clock.set_length(getattr(self.pipe, "num_timesteps", None))
+            self.calls += self.clock.observe(-timestep if rises else timestep)
         self.forwards[self.calls - 1, self.clock.step, denoiser] += 1
 
     def place(self, denoiser: str) -> dict[str, Any]:

@@ -183,6 +183,21 @@ def test_half_precision_is_kept(tmp_path):
     assert all(x.float().abs().max() > 0 for x in tensors.values())
 
 
+def test_steps_whose_timesteps_round_to_one_value_are_told_apart(tmp_path):
+    pipe, case, dtype = CASES["wan2.1"].build(), CASES["wan2.1"], torch.bfloat16
+    with record_qkv(pipe.to(dtype), tmp_path / "qkv.safetensors", layers=0, heads=0) as recording:
+        case.run(pipe, steps=90, grid=(1, 2, 2), guidance=1.0)
+    timesteps = [record["timestep"] for record in recording.records]
+    pipe.transformer.register_forward_pre_hook(
+        lambda module, args, kwargs: (args, {**kwargs, "timestep": kwargs["timestep"].to(dtype)}), with_kwargs=True
+    )
+    with record_qkv(pipe, tmp_path / "qkv.safetensors", layers=0, heads=0) as rounded:
+        case.run(pipe, steps=90, grid=(1, 2, 2), guidance=1.0)
+    assert len({record["timestep"] for record in rounded.records}) < len(set(timesteps)), "the case is one"
+    for records in (recording.records, rounded.records):
+        assert [(record["call"], record["step"]) for record in records] == [(0, step) for step in range(90)]
+
+
 def test_a_full_file_takes_no_more_and_says_so(tmp_path, caplog):
     pipe = CASES["cogvideox"].build()
     call = 3 * 2 * 2 * (126 + TEXT_TOKENS) * 16 * 4
