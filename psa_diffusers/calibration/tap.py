@@ -17,7 +17,8 @@ from psa_diffusers.models.registry import Grid
 from psa_diffusers.pipelines.enable import find_denoisers
 from psa_diffusers.presets import PSAPreset
 from psa_diffusers.processors.clock import WarmupScheduler
-from psa_diffusers.processors.run import Run, Site
+from psa_diffusers.processors.run import Run
+from psa_diffusers.processors.site import Site
 from psa_diffusers.processors.sparse import Place
 
 __all__ = ["Call", "IsWanted", "Sink", "Tape", "tap_qkv"]

@@ -23,7 +23,8 @@ from psa_diffusers.processors import ulysses
 from psa_diffusers.processors.base import FamilyProcessor
 from psa_diffusers.processors.calls import Listener
 from psa_diffusers.processors.choice import resolve_preset
-from psa_diffusers.processors.run import Run, Site
+from psa_diffusers.processors.run import Run
+from psa_diffusers.processors.site import Site
 from psa_diffusers.processors.standalone import PSAProcessor
 
 __all__ = ["disable_psa", "enable_psa"]
@@ -81,11 +82,27 @@ def enable_psa(
     # a count of steps that nobody chose for this pipeline gives way where it would leave no sparse step
     is_given = "warmup_steps" in overrides or isinstance(preset, PSAPreset)
     run = Run(resolved, title, report=report, follows=not is_given)
-    switch = Switch(run, {"preset": preset, "config": config, "report": report, **overrides})
+    switch_on(pipe, run, {"preset": preset, "config": config, "report": report, **overrides})
+    return pipe
+
+
+def switch_on(pipe: Any, run: Run, arguments: dict[str, Any]) -> None:
+    """Put a run into a pipeline, in the place of the one that may be there; change nothing if that fails.
+
+    Denoisers that have PSA from elsewhere are left alone; `enable_psa` refuses them before.
+
+    Args:
+        pipe: The pipeline.
+        run: What its processors will share.
+        arguments: What `enable_psa` was called with.
+    """
+    before = state_of(pipe).switch
+    found = [entry for entry in find_denoisers(pipe) if not _has_other(entry[1], before)]
     made = {name: _make_processors(denoiser, Site(name, denoiser, family, run)) for name, denoiser, family in found}
     _refuse_ring(run, [processor for processors in made.values() for _, processor in processors])
 
     # nothing above changes anything, nothing below can fail
+    switch = Switch(run, arguments)
     if before is not None:
         _take_off(pipe, before)
     for name, denoiser, _ in found:
@@ -94,10 +111,8 @@ def enable_psa(
     run.owner = weakref.ref(pipe)
     set_state(pipe, switch=switch)
     names = " and ".join(name for name, _, _ in found)
-    logger.info(
-        "%s, in %d self-attentions of %s, %d warm-up steps", title, len(switch.processors), names, resolved.warmup_steps
-    )
-    return pipe
+    count, warmup = len(switch.processors), run.preset.warmup_steps
+    logger.info("%s, in %d self-attentions of %s, %d warm-up steps", run.title, count, names, warmup)
 
 
 def disable_psa(pipe: Any) -> Any:
@@ -124,6 +139,8 @@ def disable_psa(pipe: Any) -> Any:
                     disable_psa(owner)
                 if attention.processor is processor:
                     attention.processor = processor.original
+                    if owner is None and processor.site.denoiser() is denoiser:
+                        processor.site.leave()
             elif _is_ours(processor):
                 attention.processor = family.default_processor(denoiser, layer, attention)
     return pipe
@@ -200,11 +217,16 @@ def _has_put(pipe: Any, attention: Any) -> bool:
     return switch is not None and any(module is attention for module, _ in switch.processors)
 
 
-def _check_free(pipe: Any, found: list[tuple[str, nn.Module, Family]], switch: Switch | None) -> None:
+def _has_other(denoiser: nn.Module, switch: Switch | None) -> bool:
+    """Whether a denoiser has processors of ours that are not of this switch."""
     own = {processor for _, processor in switch.processors} if switch is not None else set()
+    processors = [getattr(part, "processor", None) for part in denoiser.modules()]
+    return any(_is_ours(processor) and processor not in own for processor in processors)
+
+
+def _check_free(pipe: Any, found: list[tuple[str, nn.Module, Family]], switch: Switch | None) -> None:
     for name, denoiser, _ in found:
-        processors = [getattr(part, "processor", None) for part in denoiser.modules()]
-        if any(_is_ours(processor) and processor not in own for processor in processors):
+        if _has_other(denoiser, switch):
             raise RuntimeError(
                 f"the attentions of {name} have PSA processors already, through another pipeline that shares it or a "
                 "PSAProcessor. Call disable_psa on that pipeline, or set the processors of the denoiser back, first"
@@ -288,7 +310,7 @@ def _follow_modules(pipe: Any, switch: Switch) -> None:
         if id(denoiser) in known:
             known[id(denoiser)].name = name  # experts may have changed places
             continue
-        if any(_is_ours(getattr(part, "processor", None)) for part in denoiser.modules()):
+        if _has_other(denoiser, switch):
             logger.warning("%s is another one since enable_psa, and has PSA of its own, which stays", name)
             continue
         _put_in(switch, denoiser, _make_processors(denoiser, Site(name, denoiser, family, switch.run)))

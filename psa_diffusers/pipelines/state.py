@@ -11,7 +11,8 @@ from psa_diffusers.pipelines.host import Sleeping
 from psa_diffusers.processors.base import FamilyProcessor
 from psa_diffusers.processors.calls import Listener
 from psa_diffusers.processors.recorder import Recorder
-from psa_diffusers.processors.run import Run, Site
+from psa_diffusers.processors.run import Run
+from psa_diffusers.processors.site import Site
 
 _ATTRIBUTE = "_psa_state"
 
@@ -56,25 +57,25 @@ class PipelineState:
 
     def __reduce__(self) -> tuple[Any, ...]:
         """A copy of a pipeline gets a switch of its own: what is kept here belongs to the pipeline that was enabled."""
-        arguments = None if self.switch is None else self.switch.arguments
-        return _SleepingState, (arguments, self.default_preset, self.lora)
+        switch = None if self.switch is None else (self.switch.run, self.switch.arguments)
+        return _SleepingState, (switch, self.default_preset, self.lora)
 
 
 @dataclass
 class _SleepingState(Sleeping):
-    arguments: dict[str, Any] | None
+    switch: tuple[Run, dict[str, Any]] | None
     default_preset: tuple[str, str] | None
     lora: Any
 
     def wake(self, pipe: Any) -> None:
-        from psa_diffusers.pipelines.enable import enable_psa
+        from psa_diffusers.pipelines.enable import switch_on
 
         delattr(pipe, _ATTRIBUTE)
         set_state(pipe, default_preset=self.default_preset)
         if self.lora is not None:
             self.lora.wake(pipe)
-        if self.arguments is not None:
-            enable_psa(pipe, **self.arguments)
+        if self.switch is not None:
+            switch_on(pipe, *self.switch)
 
 
 def state_of(pipe: Any) -> PipelineState:

@@ -5,7 +5,9 @@ goes what the upstream processor would return, and a note for the report.
 
 - `base`: a call from start to end, dense or sparse; the families override how they project and put out
 - `sparse`: how the sparse half runs: without padding, with a kept schedule, over several GPUs
-- `run`: `Run`, shared by the processors of a pipeline, and `Site`, what a forward of one denoiser tells
+- `run`: `Run`, shared by the processors of a pipeline
+- `calls`: how it hears of the calls of pipelines
+- `site`: `Site`, what a forward of one denoiser tells
 - `clock`: which denoising step is running
 - `reuse`: schedules that serve several steps
 - `ulysses`: one video over several GPUs

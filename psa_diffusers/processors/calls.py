@@ -8,7 +8,7 @@ import weakref
 from collections.abc import Callable, Sized
 from typing import TYPE_CHECKING, Any
 
-from psa_diffusers.pipelines.host import pop_subclass, push_subclass
+from psa_diffusers.pipelines.host import modules_of, pop_subclass, push_subclass, unwrap
 
 if TYPE_CHECKING:
     from psa_diffusers.processors.run import Run
@@ -30,7 +30,7 @@ class Listener:
     Args:
         pipe: The pipeline. Only a weak reference is held.
         run: Who is told.
-        before: Called with the pipeline before each of its calls.
+        before: Called with the pipeline before each of its calls. It may stop the listener.
     """
 
     def __init__(
@@ -58,6 +58,11 @@ class Listener:
         if pipe is not None and subclass is not None:
             pop_subclass(pipe, subclass)
 
+    @property
+    def is_needed(self) -> bool:
+        """Whether it listens, and its pipeline is alive."""
+        return self._subclass is not None and self._pipe() is not None
+
     def _hears(self, pipe: Any) -> bool:
         """Whether it is this pipeline, and not another one of its class, and we still listen."""
         return self._subclass is not None and self._pipe() is pipe
@@ -72,6 +77,8 @@ class Listener:
                 return cls.__call__(pipe, *args, **kwargs)
             if listener.before is not None:
                 listener.before(pipe)
+            if not listener._hears(pipe):
+                return cls.__call__(pipe, *args, **kwargs)
             with listener.run.call_of(pipe):
                 args, kwargs = listener._add_callback(pipe, args, kwargs)
                 return cls.__call__(pipe, *args, **kwargs)
@@ -118,6 +125,36 @@ class Listener:
                 listener.run.hear_step(pipe, timestep)
 
         return property(read, write, lambda pipe: vars(pipe).pop(_STEP))
+
+
+class Others:
+    """The pipelines beside the enabled one that run its denoisers, as long as they do.
+
+    Args:
+        run: Who is told what they do.
+    """
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+        self._listeners: list[Listener] = []
+
+    def hear(self, pipe: Any) -> None:
+        """Listen to one of them from now on."""
+        self._listeners = [each for each in self._listeners if each.is_needed]
+        self._listeners.append(Listener(pipe, self.run, before=self._check))
+
+    def stop(self) -> None:
+        """Listen to none of them any more."""
+        for listener in self._listeners:
+            listener.stop()
+        self._listeners = []
+
+    def _check(self, pipe: Any) -> None:
+        parts = [unwrap(part) for part in modules_of(pipe).values()]
+        if not any(site.denoiser() is part for site in self.run.sites for part in parts):
+            for listener in self._listeners:
+                if listener._hears(pipe):
+                    listener.stop()
 
 
 def _join(theirs: Any, clock: Any) -> Any:

@@ -16,7 +16,8 @@ from psa_diffusers.presets import PSAPreset, preset_of_key
 from psa_diffusers.processors import ulysses
 from psa_diffusers.processors.recorder import Measured
 from psa_diffusers.processors.reuse import Branch
-from psa_diffusers.processors.run import Site, is_captured
+from psa_diffusers.processors.run import is_captured
+from psa_diffusers.processors.site import Site
 
 
 class Place(NamedTuple):

@@ -19,7 +19,8 @@ from psa_diffusers.presets import PSAPreset
 from psa_diffusers.processors.base import signature_of
 from psa_diffusers.processors.choice import check_choice, resolve_preset
 from psa_diffusers.processors.recorder import Recorder
-from psa_diffusers.processors.run import Run, Site
+from psa_diffusers.processors.run import Run
+from psa_diffusers.processors.site import Site
 
 logger = logging.getLogger("psa_diffusers")
 
@@ -153,8 +154,7 @@ class PSAProcessor:
             for part in ours:
                 self._processors.pop(part, None)
             run.kept.clear()
-            if not self._processors:
-                run.switch_off()
+            site.leave()
 
         handles = add_hooks(denoiser, before_forward, site.after_forward)
         site.bind(denoiser, args, kwargs)

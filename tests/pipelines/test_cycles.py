@@ -12,7 +12,8 @@ from tiny import CASES, TINY_PRESET
 from psa_diffusers.pipelines.enable import disable_psa, enable_psa
 from psa_diffusers.processors.base import FamilyProcessor
 from psa_diffusers.processors.calls import Listener
-from psa_diffusers.processors.run import Run, Site
+from psa_diffusers.processors.run import Run
+from psa_diffusers.processors.site import Site
 
 pytestmark = pytest.mark.usefixtures("no_gradients")
 KINDS = (FamilyProcessor, Listener, Run, Site)

@@ -120,11 +120,9 @@ class Machine(RuleBasedStateMachine):
     @rule(which=_which)
     def set_default(self, which: int) -> None:
         part = self._pipe(which).parts["transformer"]
-        processors = dict(self._attentions(part.module))
         default = type(self._attentions(self.kind.denoiser(0))[0][1].processor)
-        for attention in processors.values():
-            attention.set_processor(default())
-        part.originals = {path: attention.processor for path, attention in processors.items()}
+        part.module.set_attn_processor(default())
+        part.originals = {path: attention.processor for path, attention in self._attentions(part.module)}
         self._do("default", None, lambda: self.world.set_default(part))
 
     # running

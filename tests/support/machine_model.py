@@ -54,7 +54,7 @@ class Denoiser:
         has_adapter: Whether it has a LoRA.
         switch: What makes it sparse.
         left: What cannot take it on any more, because somebody has set other processors since.
-        past: `PSAProcessor`s that hear of their end in its next forward.
+        past: Switches without a pipeline that hear of their end in its next forward.
         originals: The processors that must be back when nothing makes it sparse.
         is_compiled: Whether what it does cannot be seen.
         offload: Who moves its weights, empty if nobody does.
@@ -143,6 +143,10 @@ class World:
     def delete(self, pipe: Pipeline) -> None:
         """`del pipe`. What it has enabled goes on where others use it."""
         self.pipelines.remove(pipe)
+        for denoiser in self.denoisers:
+            if pipe.switch is not None and denoiser.left is pipe.switch:
+                denoiser.left = None
+                denoiser.past.append(pipe.switch)
 
     def copy(self, pipe: Pipeline) -> tuple[Switch | None, dict[str, Switch | None]]:
         """Switches of a copy, and of its denoisers."""
@@ -158,9 +162,12 @@ class World:
 
     def begin(self, pipe: Pipeline) -> None:
         """A call of a pipeline begins: it looks at its denoisers."""
-        for part in pipe.parts.values():
-            if part.switch is not None and pipe in part.switch.listens:
-                part.switch.forget()
+        heard = [switch for part in pipe.parts.values() for switch in (part.switch, part.left, *part.past) if switch]
+        for other in self.listeners(pipe):
+            if other in heard:
+                other.forget()
+            elif other is not pipe.switch:
+                other.listens.remove(pipe)
         switch = pipe.switch
         if switch is None:
             return
@@ -253,9 +260,8 @@ class World:
 
     def _replace(self, denoiser: Denoiser) -> None:
         """Other processors are set: whoever had the denoiser knows it, and does not take it on again."""
-        owner = denoiser.switch
-        if owner is not None and not owner.is_standalone:
-            denoiser.left = owner
-        elif owner is not None:
-            self._let_go(denoiser)
-        denoiser.switch = None
+        switch, denoiser.switch = denoiser.switch, None
+        if switch is not None and any(pipe.switch is switch for pipe in self.pipelines):
+            denoiser.left = switch
+        elif switch is not None:
+            denoiser.past.append(switch)
