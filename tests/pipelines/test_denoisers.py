@@ -206,6 +206,28 @@ def test_a_copy_of_a_denoiser_with_a_processor_of_its_own_is_on_by_itself(make):
     assert is_sparse(other)
 
 
+@copies
+def test_a_copy_keeps_the_choice_when_the_file_of_presets_has_gone(make, tmp_path):
+    file = tmp_path / "mine.yaml"
+    file.write_text("Wan2.1_1.3b: {attention_configs: {mine: {warmup_steps: 1}}}")
+    chosen = {name: value for name, value in TINY_PRESET.items() if name != "warmup_steps"}
+    pipe = enable_psa(CASE.build(), "mine", config=file, report=True, **chosen)
+    file.unlink()
+    other = make(pipe)
+    assert torch.equal(run(other), run(pipe))
+    assert forwards_told(other) == forwards_due(3, 1)
+
+
+@copies
+def test_a_copy_of_a_pipeline_whose_denoiser_got_a_processor_of_its_own_has_that(make):
+    pipe = enable(CASE.build(), warmup_steps=3)
+    pipe.transformer.set_attn_processor(PSAProcessor(**{**TINY_PRESET, **WARM}))
+    other = make(pipe)
+    assert torch.equal(run(other), expected("sparse"))
+    assert not is_sparse(disable_psa(other))
+    assert torch.equal(run(pipe), expected("sparse"))
+
+
 def test_a_copy_that_was_made_in_a_call_is_on_too():
     pipe, copies = enable(CASE.build(), **WARM), []
 
