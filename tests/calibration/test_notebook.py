@@ -1,6 +1,8 @@
 """The measurements of a calibration: gone on with if every line fits, and else named, set aside and never used."""
 
 import json
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 from fuzz import cases
@@ -158,34 +160,35 @@ def test_a_full_disk_leaves_whole_lines(tmp_path):
 @pytest.mark.fuzz
 @cases(suite=60, fuzz=20_000)
 @given(data=st.data())
-def test_whatever_stands_in_the_file_all_of_it_fits_or_nothing_is_used(tmp_path_factory, data):
-    path = tmp_path_factory.mktemp("notes") / "m.jsonl"
-    entries = write(path)
-    content = bytearray(path.read_bytes())
-    for _ in range(data.draw(st.integers(1, 3))):
-        start = data.draw(st.integers(0, len(content)))
-        match data.draw(st.sampled_from(["cut", "digit", "flip", "insert", "lines"])):
-            case "cut":
-                del content[start:]
-            case "digit":
-                content[start : start + 1] = data.draw(st.sampled_from([b"9", b"-", b".", b"e", b'"', b"0"]))
-            case "flip" if start < len(content):
-                content[start] ^= data.draw(st.integers(1, 255))
-            case "insert":
-                content[start:start] = data.draw(st.binary(max_size=30) | st.sampled_from([b"\n", b"NaN", b"null"]))
-            case "lines":
-                lines = bytes(content).splitlines(keepends=True)
-                content = bytearray(b"".join(data.draw(st.lists(st.sampled_from(lines or [b""]), max_size=6))))
-    path.write_bytes(content)
-    aside = path.with_name("m.old.jsonl")
-    with open_at(path) as notebook:
-        if aside.exists():
-            assert (notebook.entries, notebook.finished) == ([], set())
-            assert aside.read_bytes() == content
-            return
-        # what is taken over is well-formed whatever it says, and the places are those that were written
-        places = [(e["prompt"], e["denoiser"], e["step"], e["layer"], e["forward"]) for e in notebook.entries]
-        assert len(set(places)) == len(places) <= len(entries)
-        assert all(0 <= e <= 1e9 and 0 < d <= 1 for entry in notebook.entries for e, d in entry["rungs"])
-        for prompt in notebook.finished:
-            assert 0 <= prompt < 3
+def test_whatever_stands_in_the_file_all_of_it_fits_or_nothing_is_used(data):
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / "m.jsonl"
+        entries = write(path)
+        content = bytearray(path.read_bytes())
+        for _ in range(data.draw(st.integers(1, 3))):
+            start = data.draw(st.integers(0, len(content)))
+            match data.draw(st.sampled_from(["cut", "digit", "flip", "insert", "lines"])):
+                case "cut":
+                    del content[start:]
+                case "digit":
+                    content[start : start + 1] = data.draw(st.sampled_from([b"9", b"-", b".", b"e", b'"', b"0"]))
+                case "flip" if start < len(content):
+                    content[start] ^= data.draw(st.integers(1, 255))
+                case "insert":
+                    content[start:start] = data.draw(st.binary(max_size=30) | st.sampled_from([b"\n", b"NaN", b"null"]))
+                case "lines":
+                    lines = bytes(content).splitlines(keepends=True)
+                    content = bytearray(b"".join(data.draw(st.lists(st.sampled_from(lines or [b""]), max_size=6))))
+        path.write_bytes(content)
+        aside = path.with_name("m.old.jsonl")
+        with open_at(path) as notebook:
+            if aside.exists():
+                assert (notebook.entries, notebook.finished) == ([], set())
+                assert aside.read_bytes() == content
+                return
+            # what is taken over is well-formed whatever it says, and the places are those that were written
+            places = [(e["prompt"], e["denoiser"], e["step"], e["layer"], e["forward"]) for e in notebook.entries]
+            assert len(set(places)) == len(places) <= len(entries)
+            assert all(0 <= e <= 1e9 and 0 < d <= 1 for entry in notebook.entries for e, d in entry["rungs"])
+            for prompt in notebook.finished:
+                assert 0 <= prompt < 3
