@@ -30,7 +30,7 @@ def diffusers_class(name: str, ending: str, base: type) -> Any:
     kind: Any = getattr(diffusers, name, None) if name in dir(diffusers) else None
     if hasattr(kind, "_backends"):  # what diffusers puts in the place of a class that cannot be imported
         kind.from_config()
-    if not (isinstance(kind, type) and issubclass(kind, base)):
+    if not (isinstance(kind, type) and issubclass(kind, base) and hasattr(kind, "from_config")):  # no bare base
         why = "is not in this diffusers" if kind is None else f"is no {what}"
         raise ValueError(
             f"{what} {name!r} {why} ({diffusers.__version__}): expected the name of a {what} class."

@@ -268,6 +268,51 @@ def test_options_that_contradict_each_other_are_refused(main, args):
     assert stop.value.code == 2
 
 
+@pytest.mark.parametrize(
+    ("entry", "args", "told"),
+    [
+        pytest.param("scheduler: {class_name: DDIMSchedule}", [], "'DDIMScheduler'", id="scheduler"),
+        pytest.param(
+            "scheduler: {class_name: DDIMScheduler, kwargs: {steps_ofset: 1}}", [], "'steps_offset'", id="scheduler-key"
+        ),
+        pytest.param("flow_shift: 3.0", [], "flow_shift", id="nothing-reads-it"),
+        pytest.param("pipeline: CogVideoPipeline", [], "'CogVideoXPipeline'", id="pipeline"),
+        pytest.param("guidance_scale: .nan", [], "guidance_scale", id="nan-in-a-file"),
+        pytest.param("guidance_scale: 1", ["--image", "a.png"], "takes no image", id="image"),
+        pytest.param("guidance_scale: 1", ["--negative_prompt", "a\x07b"], "column 2", id="bell"),
+    ],
+)
+def test_a_setting_that_cannot_be_meant_is_told_before_anything_runs(main, folder, entry, args, told, tmp_path, capsys):
+    (tmp_path / "own.yaml").write_text(f"mine: {{source: {folder}, dtype: float32, {entry}}}")
+    mine = ["--model", "mine", "--models_config", tmp_path / "own.yaml", "--prompt", "a fox", "--device", "cpu"]
+    assert main(*mine, *args, "--output_dir", tmp_path / "out") == 2
+    complaint = capsys.readouterr().err.splitlines()[-1]
+    assert complaint.startswith("error: ")
+    assert told in complaint
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf", "1e999"])
+def test_guidance_is_a_finite_number(main, value, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main("--model", "demo", f"--guidance_scale={value}")
+    assert stop.value.code == 2
+    assert "must be a finite number" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("part", "told"), [("transformer", "the latents after the last step"), ("vae", "it is the VAE")]
+)
+def test_a_run_that_is_not_finite_is_an_error_with_its_likely_causes(part, told):
+    pipe = tiny.cogvideox()
+    with torch.no_grad():
+        list(getattr(pipe, part).parameters())[-1].fill_(float("nan"))  # the last layer: its bias
+    call = {"prompt": "a fox", "width": 64, "height": 64, "num_frames": 9, "num_inference_steps": 2}
+    with pytest.raises(ValueError, match=told) as error:
+        generation.generate(pipe, call, seed=0)
+    assert all(cause in str(error.value) for cause in ("float32", "LoRA", "preset"))
+
+
 def test_the_demo_needs_no_network(tmp_path):
     done = run_script("--model", "demo", *SIZE, "--use_psa", *SMALL, "--device", "cpu", "--output_dir", str(tmp_path))
     assert done.returncode == 0, done.stderr

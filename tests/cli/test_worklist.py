@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import imageio
@@ -16,6 +17,7 @@ import psutil
 import pytest
 import tiny
 from command_options import SIZE, SMALL
+from small_disk import small_disk
 
 from psa_diffusers.cli import worklist
 from psa_diffusers.cli.worklist import share_out
@@ -171,6 +173,133 @@ def test_a_claim_shows_signs_of_life(tmp_path, monkeypatch):
         assert path.stat().st_mtime > 0
         (tmp_path / "a.done").write_text("")
     assert not list(tmp_path.glob("*.claim*"))
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        pytest.param(b"\x00" * 200, id="zeros"),
+        pytest.param('{"machine": "\xff"}'.encode("latin-1"), id="latin-1"),
+        pytest.param('{"machine": "m", "process": 1}'.encode("utf-16"), id="utf-16"),
+        pytest.param(b'"text"', id="text"),
+        pytest.param(b"NaN", id="nan"),
+        pytest.param(b"[" * 4000, id="deep"),
+        pytest.param(b'{"machine": "m"', id="torn"),
+        pytest.param(b'{"process": 1}', id="no-machine"),
+        pytest.param(b'{"machine": null, "process": 1}', id="null"),
+        *(
+            pytest.param(f'{{"machine": "OURS", "process": {number}}}'.encode(), id=f"process {number}")
+            for number in ("0", "-1", "true", "1.5", '"1"', "99999999999999999999")
+        ),
+        pytest.param(b'{"given_up": "perhaps"}', id="given-up"),
+    ],
+)
+def test_a_claim_that_holds_something_else_is_stale_and_is_named_once(content, tmp_path, caplog):
+    claim = tmp_path / "a.claim1"
+    claim.write_bytes(content.replace(b"OURS", worklist._machine().encode()))
+    work_through(tmp_path, ["a"])
+    assert log_of(tmp_path) == ["a"]
+    (warning,) = caplog.messages
+    assert str(claim) in warning
+    assert_all_done_and_nothing_left(tmp_path, ["a"])
+
+
+@pytest.mark.parametrize(
+    "make",
+    [Path.mkdir, lambda path: path.symlink_to("nowhere"), lambda path: os.mkfifo(path)],
+    ids=["folder", "link-to-nothing", "pipe"],
+)
+def test_a_claim_that_is_no_file_is_stale(make, tmp_path, caplog):
+    make(tmp_path / "a.claim1")
+    work_through(tmp_path, ["a"])
+    assert log_of(tmp_path) == ["a"]
+    assert "it is no file" in caplog.text
+
+
+def test_a_claim_that_was_made_this_moment_is_not_junk(tmp_path, caplog):
+    """Another process has created it, and has not yet written its name into it."""
+    (tmp_path / "a.claim1").touch()
+    assert not worklist._is_stale(tmp_path / "a.claim1", 60)
+    os.utime(tmp_path / "a.claim1", (0, 0))
+    assert worklist._is_stale(tmp_path / "a.claim1", 60)
+    assert caplog.messages == []
+
+
+@pytest.mark.parametrize("ahead", [120, 7200, 3 * 365 * 86400])
+def test_a_claim_dated_in_the_future_is_not_waited_for(ahead, tmp_path, caplog):
+    foreign_claim(tmp_path, "a", -ahead)
+    work_through(tmp_path, ["a"])
+    assert log_of(tmp_path) == ["a"]
+    (warning,) = caplog.messages
+    assert "a.claim1 is dated" in warning
+    assert "in the future" in warning
+
+
+def test_clocks_that_differ_a_little_take_no_claim_away(tmp_path):
+    assert not worklist._is_stale(foreign_claim(tmp_path, "a", -30), 60)
+
+
+def test_waiting_says_for_whom(tmp_path, capsys):
+    (tmp_path / "a.claim1").write_text(json.dumps({"machine": "node-7 boot pid", "process": 4711}))
+    (tmp_path / "b.claim1").touch()
+    waiting = FORK.Process(target=work_through, args=(tmp_path, ["a", "b"]))
+    out = tmp_path.with_name(f"{tmp_path.name}.out")
+    with out.open("w") as file, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "stdout", file)
+        waiting.start()
+    time.sleep(0.3)
+    for name in "ab":
+        (tmp_path / f"{name}.done").touch()
+    waiting.join(60)
+    assert out.read_text() == f"waiting for process 4711 on node-7, whoever made {tmp_path / 'b.claim1'}\n"
+
+
+@pytest.mark.parametrize("part", ["boot", "space"])
+def test_two_machines_of_one_name_and_image_do_not_take_each_other_for_dead(part, tmp_path):
+    """The process of the claim is none of this machine: only its silence may end the claim."""
+    gone = FORK.Process(target=time.sleep, args=(0,))
+    gone.start()
+    gone.join()
+    node, boot, space = worklist._machine().split(" ")
+    other = f"{node} {'0' * 36} {space}" if part == "boot" else f"{node} {boot} pid:[1]"
+    claim = tmp_path / "a.claim1"
+    claim.write_text(json.dumps({"machine": other, "process": gone.pid}))
+    assert not worklist._is_stale(claim, 60)
+    claim.write_text(json.dumps({"machine": worklist._machine(), "process": gone.pid}))
+    assert worklist._is_stale(claim, 60)
+
+
+def test_a_machine_that_cannot_be_known_shares_its_identity_with_nobody(monkeypatch):
+    def unreadable(*args, **options):
+        raise FileNotFoundError
+
+    known = worklist._machine()
+    monkeypatch.setattr(Path, "read_text", unreadable)
+    assert worklist._machine() == worklist._machine() != known
+    assert worklist._machine().split(" ")[1] == worklist._UNKNOWN
+
+
+def test_a_claim_that_cannot_be_written_is_an_error_with_the_file(tmp_path, monkeypatch):
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(worklist.json, "dump", full)
+    with pytest.raises(OSError, match=r"cannot claim a: No space left on device, writing .*a\.claim1"):
+        work_through(tmp_path, ["a"])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_who_gives_up_on_a_full_disk_is_believed(tmp_path):
+    with small_disk(tmp_path / "disk", 16) as folder:
+        work = share_out(["a"], folder, finished_by_file(folder))
+        assert next(work) == 0
+        with suppress(OSError), (folder / "rest").open("wb") as file:
+            while True:
+                file.write(bytes(1024))
+        with pytest.raises(KeyError):
+            work.throw(KeyError)
+        assert json.loads((folder / "a.claim1").read_text()) == {"given_up": True}
+        assert worklist._is_stale(folder / "a.claim1", 60)
 
 
 # the program
