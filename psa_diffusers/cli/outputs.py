@@ -31,7 +31,7 @@ __all__ = [
 
 _NO_ROOM = {errno.ENOSPC, errno.EFBIG, errno.EDQUOT}
 # what export_to_video asks ffmpeg for, into a pipe: neither a full disk nor a limit stops a pipe
-_ENCODE = "-i - -vf pad=ceil(iw/2)*2:ceil(ih/2)*2 -c:v libx264 -crf 25 -pix_fmt yuv420p -f mp4"
+_ENCODE = "-i - -vf pad=ceil(iw/2)*2:ceil(ih/2)*2 -c:v h264 -crf 25 -pix_fmt yuv420p -f mp4"
 _INTO_PIPE = "-movflags frag_keyframe+empty_moov -"
 
 
@@ -61,7 +61,7 @@ def write_video(path: Path, frames: np.ndarray, fps: int) -> None:
     wrong = sum(not np.isfinite(frame).all() for frame in frames)
     if wrong:
         raise ValueError(f"{wrong} of {len(frames)} frames hold NaN or inf: {path.name} is not written")
-    with _part_of(path) as part:
+    with _part_of(path, path.suffix) as part:
         cause: OSError | None = None
         try:
             export_to_video(list(frames), str(part), fps=fps, macro_block_size=2)
@@ -155,12 +155,13 @@ def clear_parts(folder: Path, names: Iterable[str]) -> None:
 
 
 @contextmanager
-def _part_of(path: Path) -> Iterator[Path]:
+def _part_of(path: Path, ending: str = "") -> Iterator[Path]:
     """Give the path of a file to write beside the final one. It goes when the block ends, unless it has its name."""
+    # without the final ending, so that nobody who looks for records finds it; the encoder goes by the ending
     # absolute: ffmpeg takes the word before a colon for a protocol. The token: processes of two containers may have
     # the same number
     path = path.absolute()
-    part = path.with_name(f".{path.stem}.part{secrets.token_hex(4)}{path.suffix}")
+    part = path.with_name(f".{path.name}.part{secrets.token_hex(4)}{ending}")
     try:
         yield part
     finally:

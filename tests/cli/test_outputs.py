@@ -1,6 +1,7 @@
 """Files with their final name are whole: videos are read back, JSON is strict, nothing else is left."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -85,6 +86,13 @@ def test_numbers_that_json_does_not_know_are_refused(record, told, tmp_path):
     with pytest.raises(ValueError, match=told):
         write_json(tmp_path / "a.json", record)
     assert names(tmp_path) == []
+
+
+def test_a_record_that_is_being_written_is_found_by_nobody_who_looks_for_records(tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(Path, "replace", lambda part, path: seen.append((part.exists(), list(tmp_path.glob("*.json")))))
+    write_json(tmp_path / "a.json", {})
+    assert seen == [(True, [])]
 
 
 def test_a_folder_that_is_no_utf8_can_be_written_down(tmp_path):

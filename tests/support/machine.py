@@ -239,7 +239,8 @@ class Machine(RuleBasedStateMachine):
         if how == "whole":
             pipe.real.transformer = torch.compile(part.module, backend="eager")
         else:
-            part.module.compile_repeated_blocks(backend="eager")
+            for path, _ in self._attentions(part.module):
+                part.module.get_submodule(path.rpartition(".")[0]).compile(backend="eager")
         self.done["operations"] += 1
 
     @rule(which=_which, how=st.sampled_from(("accelerate", "group", "model")))

@@ -43,6 +43,14 @@ class Switch:
         """A run begins."""
         self.records, self.alone = [], None
 
+    def hear(self, timestep: float) -> None:
+        """A forward outside of any pipeline: a smaller timestep is the next step, a greater one another run."""
+        if self.alone is None or timestep > self.alone[0]:
+            self.forget()
+            self.alone = timestep, 0
+        else:
+            self.alone = timestep, self.alone[1] + (timestep < self.alone[0])
+
 
 @dataclass(eq=False)
 class Denoiser:
@@ -69,6 +77,11 @@ class Denoiser:
     originals: dict[str, Any] = field(default_factory=dict)
     is_compiled: bool = False
     offload: str = ""
+
+    @property
+    def heard_by(self) -> list[Switch]:
+        """Switches that hear of its forwards."""
+        return [switch for switch in (self.switch, self.left) if switch is not None]
 
 
 @dataclass(eq=False)
@@ -162,7 +175,7 @@ class World:
 
     def begin(self, pipe: Pipeline) -> None:
         """A call of a pipeline begins: it looks at its denoisers."""
-        heard = [switch for part in pipe.parts.values() for switch in (part.switch, part.left, *part.past) if switch]
+        heard = [switch for part in pipe.parts.values() for switch in (*part.heard_by, *part.past)]
         for other in self.listeners(pipe):
             if other in heard:
                 other.forget()
@@ -198,11 +211,12 @@ class World:
             denoiser = pipe.parts[parts[step]]
             denoiser.past.clear()
             switch = denoiser.switch
-            if switch is not None and switch not in begun:
-                begun.append(switch)
-                switch.forget()
-                if pipe.switch is not switch and pipe not in switch.listens:
-                    switch.listens.append(pipe)
+            for each in denoiser.heard_by:
+                if each not in begun:
+                    begun.append(each)
+                    each.forget()
+                    if pipe.switch is not each and pipe not in each.listens:
+                        each.listens.append(pipe)
             for number in range(passes):
                 layers = []
                 for layer in range(LAYERS):
@@ -220,14 +234,12 @@ class World:
     def forward(self, denoiser: Denoiser, timestep: float) -> Forward:
         """A forward outside of any pipeline: the timestep alone tells the step."""
         denoiser.past.clear()
-        switch, step = denoiser.switch, 0
-        if switch is None:
-            return Forward(denoiser, step, [False] * LAYERS)
-        if switch.alone is not None and timestep <= switch.alone[0]:
-            step = switch.alone[1] + (timestep < switch.alone[0])
-        else:
-            switch.forget()
-        switch.alone = timestep, step
+        for each in denoiser.heard_by:
+            each.hear(timestep)
+        switch = denoiser.switch
+        if switch is None or switch.alone is None:
+            return Forward(denoiser, 0, [False] * LAYERS)
+        step = switch.alone[1]
         layers = [switch.choice.is_sparse(layer, step, None) for layer in range(LAYERS)]
         switch.records += [(step, layer, "sparse" if layers[layer] else "dense", False) for layer in range(LAYERS)]
         return Forward(denoiser, step, layers)
@@ -237,9 +249,8 @@ class World:
         switches = [denoiser.switch for denoiser in self.denoisers]
         switches += [past for denoiser in self.denoisers for past in denoiser.past]
         switches += [other.switch for other in self.pipelines]
-        return [
-            switch for switch in switches if switch is not None and (pipe in switch.listens or pipe.switch is switch)
-        ]
+        heard = (switch for switch in switches if switch and (pipe in switch.listens or pipe.switch is switch))
+        return list(dict.fromkeys(heard))
 
     def _take_off(self, pipe: Pipeline) -> None:
         switch, pipe.switch = pipe.switch, None
