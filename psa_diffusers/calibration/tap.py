@@ -88,7 +88,7 @@ def tap_qkv(pipe: Any, is_wanted: IsWanted, sink: Sink) -> Iterator[Tape]:
     try:
         for name, denoiser, family in found:
             site = Site(name, denoiser, family, tape.run)
-            hooks.append(denoiser.register_forward_pre_hook(_forward_hook(tape, site, denoiser), with_kwargs=True))
+            hooks.append(denoiser.register_forward_pre_hook(_forward_hook(tape, site), with_kwargs=True))
             attentions = family.self_attentions(denoiser)
             for index, (layer, attention) in enumerate(attentions.items()):
                 tap = _LayerTap(tape, site, denoiser, layer, attention, index, len(attentions))
@@ -162,15 +162,12 @@ class Tape:
         }
 
 
-def _forward_hook(tape: Tape, site: Site, denoiser: nn.Module) -> Callable[..., None]:
+def _forward_hook(tape: Tape, site: Site) -> Callable[..., None]:
     """Make torch's forward pre-hook of a denoiser, with keyword arguments."""
-    # of the class: an instance's forward may be wrapped by offloading
-    names = tuple(inspect.signature(type(denoiser).forward).parameters)[1:]
 
     def before_forward(denoiser: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         site.before_forward(denoiser, args, kwargs)
-        inputs = {**dict(zip(names, args)), **kwargs}  # noqa: B905 - fewer positional arguments than names
-        tape.begin_forward(site.name, inputs["timestep"], rises=site.family.timesteps_rise)
+        tape.begin_forward(site.name, site.inputs(args, kwargs)["timestep"], rises=site.family.timesteps_rise)
 
     return before_forward
 

@@ -2,29 +2,10 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
-from psa_diffusers.models.registry import Grid
-
-
-class Placed(NamedTuple):
-    """A grid in a sequence of tokens.
-
-    Attributes:
-        grid: Frames, height, width in tokens.
-        first: Tokens that stand before it.
-    """
-
-    grid: Grid
-    first: int
-
-
-def read_coordinates(coordinates: Tensor) -> Grid:
-    """The grid that `find_grid` finds."""
-    return find_grid(coordinates).grid
+from psa_diffusers.models.registry import Placed
 
 
 # what it returns depends on values: compiled code has to stop for it

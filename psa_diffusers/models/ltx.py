@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from psa_diffusers.models.grid import find_grid, read_coordinates
-from psa_diffusers.models.registry import Family, Grid, SectionRule, register_family
+from psa_diffusers.models.grid import find_grid
+from psa_diffusers.models.registry import Family, Grid, Placed, SectionRule, register_family
 from psa_diffusers.processors.base import TEXT_ARGUMENTS, FamilyProcessor, Projected
 
 UPSTREAM_DIGESTS = {
@@ -39,17 +39,12 @@ class LTXPSAProcessor(FamilyProcessor):
         return q, k, v
 
 
-def read_grid(config: Any, inputs: Mapping[str, Any]) -> Grid | None:
+def read_grid(config: Any, inputs: Mapping[str, Any]) -> Grid | Placed | None:
     """Sizes in tokens; where other tokens may stand beside the grid there are positions instead."""
     if inputs.get("video_coords") is not None:
-        return read_coordinates(inputs["video_coords"][0])
+        return find_grid(inputs["video_coords"][0])
     frames, height, width = (inputs.get(name) for name in ("num_frames", "height", "width"))
     return None if frames is None or height is None or width is None else (frames, height, width)
-
-
-def read_context(config: Any, inputs: Mapping[str, Any]) -> int | None:
-    positions = inputs.get("video_coords")
-    return None if positions is None else find_grid(positions[0]).first
 
 
 FAMILY = Family(
@@ -57,7 +52,6 @@ FAMILY = Family(
     denoisers=("LTXVideoTransformer3DModel",),
     attentions=r"transformer_blocks\.\d+\.attn1",
     read_grid=read_grid,
-    read_context=read_context,
     text_first=True,
     sections=(SectionRule("LTX-Video", 32, 28), SectionRule("LTX-Video", 32, 48)),
     processor=LTXPSAProcessor,

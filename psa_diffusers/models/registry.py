@@ -7,7 +7,7 @@ import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
@@ -15,6 +15,18 @@ from psa_diffusers.pipelines.host import unwrap
 
 Grid = tuple[int, int, int]
 """Frames, height, width in tokens."""
+
+
+class Placed(NamedTuple):
+    """A grid that was found among tokens of which others may stand on either side.
+
+    Attributes:
+        grid: The grid.
+        first: Tokens that stand before it.
+    """
+
+    grid: Grid
+    first: int
 
 
 @dataclass(frozen=True)
@@ -66,12 +78,11 @@ class Family:
         denoisers: Class names. Names, because diffusers copies classes between files.
         attentions: Regular expression for the module path of the video self-attentions.
         processor: `(layer, original, site)` to the family's sparse processor, a subclass of `FamilyProcessor`.
-        read_grid: `(config, inputs of forward by name)` to the token grid, None if these inputs do not tell.
+        read_grid: `(config, inputs of forward by name)` to the token grid, None if these inputs do not tell. To a
+            `Placed` one where other tokens may stand before and behind it; else they stand where `text_first` says.
         text_first: Whether a joint sequence has its text in front; True where there is no text in the sequence.
         read_text: `(config, inputs of forward by name)` to the number of valid text tokens of each sample, ``[B]``
             integers on the CPU, None if the padding is not at the end; for sequences that end in padded text.
-        read_context: `(config, inputs of forward by name)` to the number of tokens that stand before the grid, where
-            other tokens may stand before and behind it; None: where `text_first` says.
         timesteps_rise: Whether the timestep that the denoiser is given rises from step to step, as Mochi's does.
         sections: Sizes with presets of their own, the first that fits exactly wins. None: the section `default`.
         read_size: Config to heads and layers, by which `sections` are told apart.
@@ -86,10 +97,9 @@ class Family:
     denoisers: tuple[str, ...]
     attentions: str
     processor: Callable[..., Any]
-    read_grid: Callable[[Any, Mapping[str, Any]], Grid | None] = read_latents
+    read_grid: Callable[[Any, Mapping[str, Any]], Grid | Placed | None] = read_latents
     text_first: bool = True
     read_text: Callable[[Any, Mapping[str, Any]], Tensor | None] | None = None
-    read_context: Callable[[Any, Mapping[str, Any]], int | None] | None = None
     timesteps_rise: bool = False
     sections: Sequence[SectionRule] = ()
     read_size: Callable[[Any], tuple[int, int]] = read_size

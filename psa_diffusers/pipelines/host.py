@@ -275,10 +275,11 @@ class _Checkpointing:
         return self.below(again, *args, **kwargs)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _same, (self.below,)
+        return same, (self.below,)
 
 
-def _same(x: Any) -> Any:
+def same(x: Any) -> Any:
+    """Stands in a pickle for something of ours: what it is called with comes out in its place."""
     return x
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from psa_diffusers.ops.checks import unsupported_head_dim
+from psa_diffusers.pipelines.host import same
 from psa_diffusers.processors import ulysses
 from psa_diffusers.processors.dense import fastest_dense
 from psa_diffusers.processors.recorder import Measured, Recorder
@@ -78,7 +79,7 @@ class FamilyProcessor(SparseCalls):
 
     def __reduce__(self) -> tuple[Any, ...]:
         """A copy, or a pickle, is the processor that was found here: a copied denoiser has no switch and runs dense."""
-        return _same, (self.original,)
+        return same, (self.original,)
 
     def process(self, attn: Any, *args: Any, **kwargs: Any) -> Any:
         """Run one call of the attention.
@@ -186,7 +187,7 @@ class FamilyProcessor(SparseCalls):
         if tokens != expected and not (context and self.context_tokens(hidden_states)):
             return f"{tokens} video tokens do not fill the grid {frames} x {height} x {width}"
         # a grid found by its positions; one read from the shape of the latents is sure, however much context there is
-        if self.site.family.read_context is not None and 2 * expected < tokens:
+        if self.site.context is not None and 2 * expected < tokens:
             return f"the grid {frames} x {height} x {width} is less than half of the {tokens} video tokens"
         return ""
 
@@ -222,10 +223,6 @@ class FamilyProcessor(SparseCalls):
             run.say(reason, self.layer)
         with fastest_dense(args[0] if args else kwargs["hidden_states"]):
             return self.original(attn, *args, **kwargs)
-
-
-def _same(processor: Any) -> Any:
-    return processor
 
 
 def project_out(attn: Any, out: Tensor) -> Tensor:

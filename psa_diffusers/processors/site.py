@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from psa_diffusers.models.registry import Family, Grid, find_family
+from psa_diffusers.models.registry import Family, Grid, Placed, find_family
 from psa_diffusers.pipelines.host import (
     Handle,
     add_hooks,
@@ -119,10 +119,10 @@ class Site:
         if self.run.owner is not None and self.run.owner() is None and self._is_left(denoiser):
             self.leave()
             return
-        inputs = {**dict(zip(self._names, args)), **kwargs}  # noqa: B905 - fewer positional arguments than names
-        self.grid = self.family.read_grid(self._config, inputs)
+        inputs = self.inputs(args, kwargs)
+        found = self.family.read_grid(self._config, inputs)
+        self.grid, self.context = found if isinstance(found, Placed) else (found, None)
         self.sizes = None if self.grid is None else torch.tensor(self.grid)
-        self.context = None if self.family.read_context is None else self.family.read_context(self._config, inputs)
         if self.family.read_text is not None:
             self.text_lengths = self.family.read_text(self._config, inputs)
         self.run.before_forward(denoiser, inputs.get("timestep"), rises=self.family.timesteps_rise)
@@ -135,6 +135,10 @@ class Site:
         self.is_running, self.is_bound = True, False
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             self._remember_for_recomputation(denoiser)
+
+    def inputs(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        """What a forward of the denoiser was called with, by name."""
+        return {**dict(zip(self._names, args)), **kwargs}  # noqa: B905 - fewer positional arguments than names
 
     def bind(self, denoiser: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """Learn of a forward that has begun already: its first block was not put into a context that runs again."""

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from psa_diffusers.models.grid import read_coordinates
+from psa_diffusers.models.grid import find_grid
 from psa_diffusers.models.registry import read_latents
 
 
@@ -25,12 +25,12 @@ def test_the_grid_is_found_behind_any_keyframes(grid, keyframes):
     times = [0.0, *(1.0 + 8 * frame for frame in range(frames - 1))]  # as LTX-Video counts: the first frame is short
     before = [positions(count, height, width, [at + i * 8.0 for i in range(count)]) for count, at in keyframes]
     coordinates = torch.cat([*before, positions(frames, height, width, times)], dim=1)
-    assert read_coordinates(coordinates) == grid
+    assert find_grid(coordinates).grid == grid
 
 
 def test_tokens_before_the_grid_may_be_of_any_size():
     small = positions(1, 2, 2, [40.0])
-    assert read_coordinates(torch.cat([small, positions(3, 4, 5, [0.0, 1.0, 9.0])], dim=1)) == (3, 4, 5)
+    assert find_grid(torch.cat([small, positions(3, 4, 5, [0.0, 1.0, 9.0])], dim=1)).grid == (3, 4, 5)
 
 
 @pytest.mark.parametrize(
