@@ -93,7 +93,10 @@ def psa_attention(
     scale = checked_scale(scale, q.shape[-1])
     if return_schedule or schedule is not None or needs_grad(q, k, v):
         out, schedule = _flow(q, k, v, preset_of_key(key), grid, text_tokens, text_first, scale, backend, schedule)
-        return (out, schedule) if return_schedule else out
+        if not return_schedule:
+            return out
+        know_right(schedule)
+        return out, schedule
     attended: Tensor = _psa_op(q, k, v, key, list(grid), text_tokens, text_first, scale, backend)
     return attended
 
@@ -119,7 +122,6 @@ def _flow(
         pyramid = chosen.pooling.fit_tilt(pyramid, q, k, v, layout, scale)
     if schedule is None:
         schedule = _decide(chosen.planning, q, k, pyramid, layout, preset, scale)
-        know_right(schedule)
     return chosen.attention.attend(q, k, v, pyramid, schedule, layout, scale), schedule
 
 
