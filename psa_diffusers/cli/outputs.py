@@ -17,6 +17,8 @@ from typing import Any
 
 import numpy as np
 
+from psa_diffusers.calibration.places import sync_folder
+
 __all__ = [
     "clear_parts",
     "count_frames",
@@ -173,12 +175,7 @@ def _publish(part: Path, path: Path) -> None:
     with part.open("rb+") as file:
         os.fsync(file.fileno())
     part.replace(path)
-    if os.name == "posix":
-        folder = os.open(path.absolute().parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+    sync_folder(path.absolute().parent)
 
 
 def _missing_room(path: Path, needed: int, about: str = "") -> str | None:

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from psa_diffusers.models.registry import unwrap
+from psa_diffusers.pipelines.host import unwrap
 
 __all__ = [
     "active_adapters",

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from psa_diffusers.models.registry import unwrap
+from psa_diffusers.pipelines.host import unwrap
 
 __all__ = ["Change", "changes_of", "check_lora", "check_values", "is_diffusers_key"]
 

@@ -27,7 +27,7 @@ from psa_diffusers.lora.metadata import adapter_settings, check_components, scal
 from psa_diffusers.lora.recipes import choose_recipe
 from psa_diffusers.lora.restore import Before
 from psa_diffusers.lora.undo import apply_setup, check_idle, forget_adapters, make_setup, setup_of
-from psa_diffusers.models.registry import unwrap
+from psa_diffusers.pipelines.host import unwrap
 
 __all__ = ["load_psa_lora", "unload_psa_lora"]
 

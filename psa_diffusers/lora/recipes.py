@@ -8,7 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from psa_diffusers.models.registry import find_family, unwrap
+from psa_diffusers.models.registry import find_family
+from psa_diffusers.pipelines.host import unwrap
 
 __all__ = ["DEFAULT_FILE", "RECIPES", "REPOSITORY", "Recipe", "choose_recipe", "published_models", "recipes_for"]
 

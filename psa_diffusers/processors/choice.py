@@ -58,8 +58,6 @@ def check_choice(preset: str | PSAPreset | None, config: str | Path | None, over
     if isinstance(preset, PSAPreset):
         preset.replace(**overrides)
         return
-    if isinstance(preset, nn.Module):
-        raise TypeError(f"a {type(preset).__name__} called the class PSAProcessor: set an instance, PSAProcessor(...)")
     if preset is not None and not isinstance(preset, str):
         raise TypeError(_WRONG_KIND.format(type(preset).__name__))
     by_section = list_presets(config=config)
