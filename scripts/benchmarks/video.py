@@ -92,7 +92,7 @@ class Bench:
         self.pipe.set_progress_bar_config(disable=True)
         if self.model.tiled:
             self.pipe.vae.enable_tiling()
-        self.embeds = self.model.embeds(self.pipe, self.device, self.dtype)
+        self.embeds = self.model.embeds(self.device, self.dtype)
         # before anything is compiled: compiled code keeps the kernel that it was made with
         self.allowed = 2 * self.rounding()
         if setting == "fp8":

@@ -15,7 +15,7 @@ class Model:
         build: Makes the pipeline on the device.
         video: Height, width and frames of the call.
         call: What else the call is given, tensors aside.
-        embeds: Makes the tensors of the prompt: `(pipe, device, dtype)`.
+        embeds: Makes the tensors of the prompt: `(device, dtype)`.
         text_encoder: Makes the large text encoder, or None where it is not timed.
         text_tokens: Tokens that it reads.
         tiled: Whether the VAE decodes in tiles.
@@ -24,7 +24,7 @@ class Model:
     build: Callable[[torch.device, torch.dtype], Any]
     video: tuple[int, int, int]
     call: dict[str, Any]
-    embeds: Callable[[Any, torch.device, torch.dtype], dict[str, torch.Tensor]]
+    embeds: Callable[[torch.device, torch.dtype], dict[str, torch.Tensor]]
     text_encoder: Callable[[], torch.nn.Module] | None = None
     text_tokens: int = 512
     tiled: bool = False
@@ -123,14 +123,14 @@ def _hunyuan_video(device, dtype):
 
 
 def _two_prompts(tokens, width=4096):
-    def embeds(pipe, device, dtype):
+    def embeds(device, dtype):
         both = torch.randn(2, 1, tokens, width, device=device, dtype=dtype)
         return {"prompt_embeds": both[0], "negative_prompt_embeds": both[1]}
 
     return embeds
 
 
-def _hunyuan_prompt(pipe, device, dtype):
+def _hunyuan_prompt(device, dtype):
     mask = torch.zeros(1, 256, device=device, dtype=dtype)
     mask[:, :60] = 1  # a usual prompt; the rest is padding
     return {
@@ -185,5 +185,5 @@ MODELS = {
         _hunyuan_video, (720, 1280, 129), _GUIDED_BY_6, _hunyuan_prompt, _llama, 351, tiled=True
     ),
     # for a CPU: whether the program runs
-    "smoke": Model(_wan(_TINY_WAN, _TINY_VAE), (64, 64, 17), {"guidance_scale": 5.0}, _two_prompts(16, 16)),
+    "smoke": Model(_wan(_TINY_WAN, _TINY_VAE), (64, 64, 9), _GUIDED_BY_5, _two_prompts(16, 16)),
 }

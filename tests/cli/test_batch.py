@@ -14,17 +14,11 @@ import pytest
 from quick_batch import PROMPTS, Noise, Run, finished
 from small_disk import largest_file, small_disk
 
-from psa_diffusers.cli import worklist
-
 pytestmark = [
+    pytest.mark.usefixtures("short_waits"),
     pytest.mark.filterwarnings("ignore::ResourceWarning"),  # imageio-ffmpeg leaves its pipe to the garbage collector
     pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning"),
 ]
-
-
-@pytest.fixture(autouse=True)
-def _short_waits(monkeypatch):
-    monkeypatch.setattr(worklist, "POLL_SECONDS", 0.02)
 
 
 @pytest.fixture

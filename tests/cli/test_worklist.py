@@ -27,14 +27,10 @@ ROOT = Path(__file__).parents[2]
 FORK = multiprocessing.get_context("fork")
 
 pytestmark = [
+    pytest.mark.usefixtures("short_waits"),
     pytest.mark.filterwarnings("ignore::ResourceWarning"),  # imageio-ffmpeg leaves its pipe to the garbage collector
     pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning"),
 ]
-
-
-@pytest.fixture(autouse=True)
-def _short_waits(monkeypatch):
-    monkeypatch.setattr(worklist, "POLL_SECONDS", 0.02)
 
 
 def finished_by_file(folder):
